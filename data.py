@@ -1,0 +1,319 @@
+"""Training data, and samples from a model: the embedded digits, torchvision's sets, image folders, cached
+latents, and a pool of samples that the model itself made.
+
+A data set here has: shape (C, H, W), classes (K; label K is the null one), scale (None for pixels, else the
+factor latents were multiplied by) and len(). Pixels are in [-1, 1].
+"""
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from runtime import CACHE, StepRandom, UserError, generator, write_text
+from solvers import guide, make_grid, make_schedule, sample
+
+ASSETS = Path(__file__).parent / "assets"
+CHUNK = 250  # samples are drawn in chunks of this many, each from its own seed: the same on any number of processes
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data sets
+# ---------------------------------------------------------------------------------------------------
+
+
+class Pixels:
+    """Images held in memory on the training device: x (N, C, H, W) uint8, y (N,) long."""
+
+    scale, workers = None, 0
+
+    def __init__(self, x, y, classes, flip, name):
+        self.x, self.y, self.classes, self.flip, self.name = torch.as_tensor(x), torch.as_tensor(y).long(), classes, flip, name
+        self.shape = tuple(self.x.shape[1:])
+
+    def __len__(self):
+        return len(self.x)
+
+    def rows(self, index, flip, rng):
+        if self.x.device != rng.g.device:
+            self.x, self.y = self.x.to(rng.g.device), self.y.to(rng.g.device)
+        x = to_float(self.x[index])
+        return (torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x) if self.flip else x), self.y[index]
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """Images below a folder, cropped as ADM does. Sub-folders are classes, in alphabetical order; without
+    sub-folders there is no class (K = 0) and every label is the null one."""
+
+    scale, workers, flip = None, 4, True
+    ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+    def __init__(self, root, size):
+        self.name, self.size, self.shape = str(root), size, (3, size, size)
+        folders = sorted(d for d in Path(root).iterdir() if d.is_dir())
+        self.classes = len(folders)
+        self.files = [(f, k) for k, d in enumerate(folders or [Path(root)]) for f in sorted(d.rglob("*")) if f.suffix.lower() in self.ENDINGS]
+        if not self.files:
+            raise UserError(f"--data {root}: no images there (looked for {', '.join(sorted(self.ENDINGS))})")
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, item):
+        index, flip = item
+        path, label = self.files[index]
+        try:
+            with Image.open(path) as image:
+                x = center_crop(image.convert("RGB"), self.size)
+        except (OSError, ValueError, SyntaxError) as e:
+            raise UserError(f"image {path}: cannot be read ({e}); mend or remove it")
+        return torch.from_numpy(np.ascontiguousarray(x[:, ::-1] if flip else x)).permute(2, 0, 1), label
+
+    def finish(self, item, rng):
+        return to_float(item[0]), item[1]
+
+
+class Latents(torch.utils.data.Dataset):
+    """Cached latents, memory-mapped: latents.npy (N, F, S, C, H, W), labels.npy (N,), meta.json {"classes", "scale"}.
+
+    F = 2 holds the latent of the image and of its mirror image (F = 1: the image only); S = 2 holds mean and standard deviation of
+    the autoencoder's posterior, sampled each time one is read (S = 1: the latent itself). Already multiplied by scale.
+    """
+
+    workers, flip = 2, True
+
+    def __init__(self, root):
+        root = Path(root)
+        self.name = str(root)
+        try:
+            self.x, self.y = np.load(root / "latents.npy", mmap_mode="r"), np.load(root / "labels.npy")
+            meta = json.loads((root / "meta.json").read_text())
+        except (OSError, ValueError) as e:
+            raise UserError(f"--data {root}: cannot be read ({e}); make it again")
+        if self.x.ndim != 6 or len(self.x) != len(self.y) or len(self.y) == 0:
+            raise UserError(f"--data {root}: latents.npy is {self.x.shape}, labels.npy {self.y.shape}; want (N, F, S, C, H, W) and (N,)")
+        self.classes, self.scale, self.shape = meta["classes"], meta["scale"], self.x.shape[3:]
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, item):
+        index, flip = item
+        x = self.x[index, flip % self.x.shape[1]].astype(np.float32)       # (S, C, H, W)
+        if not np.isfinite(x).all():
+            raise UserError(f"--data {self.name}: entry {index} is not finite; make the cache again")
+        return torch.from_numpy(x), int(self.y[index])
+
+    def finish(self, item, rng):
+        x, y = item
+        return (x[:, 0] + x[:, 1] * rng.normal(self.shape) if x.shape[1] == 2 else x[:, 0]), y
+
+
+def center_crop(image, size):
+    """ADM's crop of a PIL image: halve with a box filter while the short side is at least 2 size, scale it to size with a
+    bicubic filter, cut the middle out. Returns (size, size, 3) uint8."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = np.array(image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC))
+    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return image[top:top + size, left:left + size]
+
+
+def to_float(x):
+    """uint8 -> float32 in [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """[-1, 1] -> uint8, rounded to the nearest as upstream DiT's sample_ddp.py does."""
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
+
+
+def digits():
+    """The embedded set: 1,797 real handwritten digits of 8x8 pixels (17 grey levels, here spread over 0..255)."""
+    with np.load(ASSETS / "digits8.npz") as f:
+        x, y = f["x"], f["y"]
+    return Pixels(np.round(x[:, None] * (255 / 16)).astype(np.uint8), y, 10, flip=False, name="digits")
+
+
+def load(name, image_size=256, classes=None):
+    """--data NAME: digits, mnist, fashion-mnist, cifar10, a folder of images, or a folder of cached latents.
+
+    classes: overrides the number of classes (at least the largest label + 1). Raises UserError.
+    """
+    if name == "digits":
+        data = digits()
+    elif name in ("mnist", "fashion-mnist", "cifar10"):
+        import torchvision
+        kind = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
+        try:
+            raw = getattr(torchvision.datasets, kind)(CACHE / "data", train=True, download=True)
+        except Exception as e:  # urllib's, torchvision's own RuntimeError, zipfile's, ...
+            raise UserError(f"--data {name}: torchvision cannot fetch it into {CACHE / 'data'} ({e}); put its files there yourself")
+        x = np.asarray(raw.data)
+        data = Pixels(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2), raw.targets, 10, flip=name == "cifar10", name=name)
+    elif (Path(name) / "latents.npy").exists():
+        data = Latents(name)
+    elif Path(name).is_dir():
+        data = ImageFolder(name, image_size)
+    else:
+        raise UserError(f"--data {name}: neither a known set (digits, mnist, fashion-mnist, cifar10) nor a folder")
+    largest = max((k for _, k in data.files), default=0) if isinstance(data, ImageFolder) else int(np.max(np.asarray(data.y)))
+    if classes is not None:
+        if largest >= classes and not (data.classes == 0):
+            raise UserError(f"--data {name}: label {largest} is out of range for {classes} classes (0..{classes - 1})")
+        data.classes = classes
+    elif data.classes and largest >= data.classes:
+        raise UserError(f"--data {name}: label {largest} is out of range for {data.classes} classes")
+    return data
+
+
+def check_fits(data, info):
+    """Raise UserError unless a network with this info can train on this data."""
+    arch = info["arch"]
+    want = (arch["in_channels"], arch["input_size"], arch["input_size"])
+    if tuple(data.shape) != want:
+        raise UserError(f"--data {data.name} has shape {tuple(data.shape)}, the network wants {want}")
+    if data.classes > info["classes"]:
+        raise UserError(f"--data {data.name} has {data.classes} classes, the network knows {info['classes']}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------
+
+
+def batches(data, proc, seed, batch, start):
+    """Endless (x0, y): this rank's rows of the global batches of steps start, start + 1, ... on the device.
+
+    Every epoch is a permutation drawn from (seed, epoch), and batches run on across its end, so that what a step sees depends
+    on (seed, step) alone. x0 (B / world, C, H, W) float32, y (B / world,) long.
+    """
+    def plan():
+        order, epoch = None, -1
+        for step in itertools.count(start):
+            rows = []
+            for position in range(step * batch, (step + 1) * batch):
+                if position // len(data) != epoch:
+                    epoch = position // len(data)
+                    order = torch.randperm(len(data), generator=generator("cpu", seed, epoch, 2)).tolist()
+                rows.append(order[position % len(data)])
+            flips = torch.randint(0, 2, (batch,), generator=generator("cpu", seed, step, 3))
+            yield proc.rows(rows), proc.rows(flips)
+
+    if data.workers == 0:
+        for step, (rows, flips) in zip(itertools.count(start), plan()):
+            yield data.rows(torch.tensor(rows, device=proc.device), flips.to(proc.device), StepRandom(proc, seed, step, batch))
+    loader = DataLoader(data, batch_sampler=([*zip(r, f.tolist())] for r, f in plan()), num_workers=data.workers,
+                        pin_memory=proc.device.type == "cuda", worker_init_fn=lambda _: torch.set_num_threads(1))
+    items = iter(loader)
+    for step in itertools.count(start):
+        try:
+            x, y = next(items)
+        except UserError as e:  # the loader wraps it in the worker's traceback
+            raise UserError(str(e).strip().splitlines()[-1].split("UserError: ")[-1])
+        x, y = x.to(proc.device, non_blocking=True), y.to(proc.device, non_blocking=True)
+        yield data.finish((x, y), StepRandom(proc, (seed << 8) + 1, step, batch))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Samples
+# ---------------------------------------------------------------------------------------------------
+
+
+def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, todo=None, desc="sampling"):
+    """Sample `num` images with balanced labels; yields (first index, x (n, C, H, W) float32, y (n,)) of this rank's chunks.
+
+    Sample i depends on (seed, i) alone. nfe, cfg: None means as the checkpoint was trained (its own grid, its own guidance).
+    todo(chunk) -> bool: skip chunks that are already there.
+    """
+    schedule = make_schedule(info["schedule"]).to(proc.device)
+    grid = info["grid"] if nfe is None or nfe == info["nfe"] else None
+    grid = grid or make_grid("sit" if schedule.continuous else "dit", nfe or info["nfe"] or 50, schedule.T)
+    guided = guide(net, info["cfg"] if cfg is None else cfg)
+    chunks = [c for c in range((num + CHUNK - 1) // CHUNK) if c % proc.world == proc.rank and (todo is None or todo(c))]
+    arch, K = info["arch"], info["classes"]
+    with tqdm(total=len(chunks) * (len(grid) - 1), desc=f"{desc} ({len(grid) - 1} steps)", disable=not proc.main, leave=False) as bar:
+        for c in chunks:
+            n = min(CHUNK, num - c * CHUNK)
+            noise = torch.randn(n, arch["in_channels"], arch["input_size"], arch["input_size"],
+                                generator=generator(proc.device, seed, c, 4), device=proc.device)
+            y = torch.arange(c * CHUNK, c * CHUNK + n, device=proc.device) % max(K, 1)
+            yield c * CHUNK, sample(guided, noise, y, schedule, grid, info["prediction"], on_step=bar.update), y
+
+
+def sample_images(net, info, proc, num, seed, nfe=None, cfg=None, desc="sampling"):
+    """Samples of a pixel model as (num, C, H, W) uint8 and their labels (num,), the same on every rank."""
+    parts = [(i, to_uint8(x).cpu().numpy(), y.cpu().numpy()) for i, x, y in sample_chunks(net, info, proc, num, seed, nfe, cfg, desc=desc)]
+    return proc.gather([(i, x) for i, x, _ in parts]), proc.gather([(i, y) for i, _, y in parts])
+
+
+def synthetic(net, info, proc, folder, num, seed, nfe=10, cfg=1.5):
+    """A pool of `num` samples of the model itself (Table 8 of the SSD paper), as cached latents; returns its folder.
+
+    Made once: chunks are written as they are done, by all ranks, and a broken run continues. The folder's name tells the
+    weights (by their hash) and the settings.
+    """
+    folder = Path(folder) / f"synthetic-{fingerprint(net)}-{nfe}steps-cfg{cfg:g}-seed{seed}-{num}"
+    chunk_file = lambda c: folder / f"chunk-{c:06d}.npz"
+    if not (folder / "meta.json").exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for first, x, y in sample_chunks(net, info, proc, num, seed, nfe, cfg, todo=lambda c: not chunk_file(c).exists(), desc="synthetic data"):
+                part = chunk_file(first // CHUNK).with_suffix(".part")
+                with open(part, "wb") as f:
+                    np.savez(f, x=x.half().cpu().numpy(), y=y.cpu().numpy())
+                os.replace(part, chunk_file(first // CHUNK))
+            proc.barrier()
+            if proc.main:
+                files = [chunk_file(c) for c in range((num + CHUNK - 1) // CHUNK)]
+                out = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, (num, 1, 1, *net_shape(info)))
+                labels, at = np.empty(num, np.int64), 0
+                for file in files:
+                    with np.load(file) as f:
+                        out[at:at + len(f["y"]), 0, 0], labels[at:at + len(f["y"])] = f["x"], f["y"]
+                        at += len(f["y"])
+                out.flush()
+                np.save(folder / "labels.npy", labels)
+                write_text(folder / "meta.json", json.dumps({"classes": info["classes"], "scale": info["scale"], "nfe": nfe, "cfg": cfg, "seed": seed}))
+                for file in files:
+                    file.unlink()
+        except OSError as e:
+            raise UserError(f"cannot write the synthetic data into {folder} ({e.strerror or e}); free some space and repeat the command")
+        proc.barrier()
+    return folder
+
+
+def net_shape(info):
+    arch = info["arch"]
+    return arch["in_channels"], arch["input_size"], arch["input_size"]
+
+
+def fingerprint(net):
+    """Eight hexadecimal digits that depend on the weights."""
+    total = sum(float(p.detach().double().abs().sum()) * (1 + i % 7) for i, p in enumerate(getattr(net, "net", net).parameters()))
+    return np.float64(total).tobytes()[::-1].hex()[4:12]
+
+
+def save_grid(blocks, path, columns=20):
+    """Blocks of images, each (n, C, H, W) uint8 -> one PNG with the blocks one below the other; small images enlarged."""
+    H, W = blocks[0].shape[2:]
+    zoom, bands = max(1, 32 // H), []
+    for images in blocks:
+        n, C = images.shape[:2]
+        rows = -(-n // columns)
+        canvas = np.zeros((rows * columns, C, H, W), np.uint8)
+        canvas[:n] = images
+        canvas = canvas.reshape(rows, columns, C, H, W).transpose(0, 3, 1, 4, 2).reshape(rows * H, columns * W, C)
+        bands += [canvas, np.full((1, columns * W, C), 255, np.uint8)]
+    canvas = np.concatenate(bands[:-1])
+    image = Image.fromarray(canvas[..., 0] if canvas.shape[2] == 1 else canvas)
+    temporary = Path(path).with_suffix(".tmp")
+    image.resize((image.width * zoom, image.height * zoom), Image.NEAREST).save(temporary, "PNG")
+    os.replace(temporary, path)

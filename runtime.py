@@ -1,0 +1,509 @@
+"""What a training script needs around its mathematics: processes, precision, randomness, averages,
+checkpoints and resume, downloads, progress and logs. Nothing here comes from a paper.
+
+The same script runs as `python x.py` (one process, CPU or GPU) and under `torchrun` (gloo on CPU, nccl on GPU).
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+CACHE = Path(os.environ.get("MINDISTILL_CACHE", Path.home() / ".cache" / "mindistill"))  # downloads live here
+
+
+class UserError(Exception):
+    """Something the user can mend: ends the program with this one line and exit code 2."""
+
+
+Raw = argparse.RawDescriptionHelpFormatter  # --help shows a script's docstring as it stands
+
+
+class Parser(argparse.ArgumentParser):
+    """Under torchrun only rank 0 complains about the command line."""
+
+    def error(self, message):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def common_arguments(p, out):
+    """The flags that mean the same in every training script."""
+    p.add_argument("--seed", type=int, default=0, help="every random number of step n is drawn from (seed, n)")
+    p.add_argument("--out", default=out, help="folder of last.pt, log.jsonl, metrics.json and pictures")
+    p.add_argument("--resume", choices=["auto", "never"], default="auto", help="auto continues what is in --out")
+    p.add_argument("--amp", choices=["auto", "bf16", "off"], default="auto", help="autocast of network calls; auto: bf16 on GPU")
+    p.add_argument("--compile", action="store_true", help="torch.compile each block (repays itself on long GPU runs)")
+    p.add_argument("--log-every", type=int, metavar="STEPS")
+    p.add_argument("--save-every", type=int, metavar="STEPS")
+    p.add_argument("--dry-run", action="store_true", help="print the plan and exit; reads no weights and no data")
+
+
+def check_positive(args, *names):
+    for name in names:
+        if not getattr(args, name) > 0:
+            raise UserError(f"{flag(name)} {getattr(args, name)}: must be positive")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------
+
+
+class Processes:
+    """Who this process is. One boolean decides everything: `world > 1`, set by torchrun's environment."""
+
+    def __init__(self, amp="auto"):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
+        if cuda:
+            if self.local_rank >= torch.cuda.device_count():
+                raise UserError(f"--nproc_per_node is larger than this machine's {torch.cuda.device_count()} GPUs")
+            torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+        self.bf16 = amp == "bf16" or (amp == "auto" and cuda and torch.cuda.is_bf16_supported())
+        self.main = self.rank == 0
+
+    def mixed(self, net):
+        """net's forward under bf16 autocast if so chosen, giving float32: half precision never leaves the call."""
+        def call(*args, **kwargs):
+            with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+                return net(*args, **kwargs).float()
+        call.net = getattr(net, "module", net)
+        call.num_classes = call.net.num_classes
+        return call
+
+    def student(self, net, compile=False):
+        """net on this device, ready to train: wrapped for DDP when there are several processes."""
+        net.to(self.device).train()
+        if compile:
+            compile_blocks(net)
+        if self.world == 1:
+            return net
+        return DistributedDataParallel(net, device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+
+    def frozen(self, net, compile=False):
+        """net on this device, never to train. Under bf16 its matmul weights are stored as what autocast casts
+        them to anyway: half the memory, no casts, the same bits."""
+        net.to(self.device).eval().requires_grad_(False)
+        if self.bf16:
+            for m in net.modules():
+                if isinstance(m, (nn.Linear, nn.Conv2d)):
+                    m.to(torch.bfloat16)
+        if compile:
+            compile_blocks(net)
+        return net
+
+    def check_batch(self, batch):
+        if batch % self.world:
+            raise UserError(f"--batch-size {batch} is the batch of all processes together and must be divisible by their number, {self.world}")
+
+    def rows(self, whole):
+        """This rank's rows of something that has one row per sample of the global batch."""
+        n = len(whole) // self.world
+        return whole[self.rank * n:(self.rank + 1) * n]
+
+    def any(self, flag):
+        """True on all ranks if it is true on one."""
+        if self.world == 1:
+            return flag
+        t = torch.tensor(int(flag))
+        dist.all_reduce(t, op=dist.ReduceOp.MAX)
+        return bool(t)
+
+    def sum(self, t):
+        """In-place sum over ranks."""
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t
+
+    def barrier(self):
+        if self.world > 1:
+            dist.all_reduce(torch.zeros(1))  # over gloo: needs no GPU and no device guess
+
+    def gather(self, rows):
+        """Lists of (position, array) pairs of all ranks -> one array in order of position, on every rank."""
+        if self.world > 1:
+            parts = [None] * self.world
+            dist.all_gather_object(parts, rows)
+            rows = [r for part in parts for r in part]
+        return np.concatenate([a for _, a in sorted(rows, key=lambda r: r[0])])
+
+
+def compile_blocks(net):
+    """Compile block by block: short to compile, keys of the state dict unchanged, and taps stay plain Python."""
+    for block in net.blocks:
+        block.compile()
+
+
+def run(main, args, prog):
+    """main(args); a UserError becomes one line from one rank and exit code 2."""
+    try:
+        main(args)
+    except UserError as e:
+        if first_to_speak():
+            print(f"{prog}: error: {e}", file=sys.stderr, flush=True)
+        os._exit(2) if dist.is_initialized() else sys.exit(2)
+    except KeyboardInterrupt:
+        if first_to_speak():
+            print(f"{prog}: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except RuntimeError as e:
+        if not dist.is_initialized() or "onnection" not in str(e):
+            raise
+        if first_to_speak():
+            print(f"{prog}: error: another process of this job was lost ({str(e).splitlines()[0][:120]}); "
+                  f"the last checkpoint in {args.out} stands, the same command continues from it", file=sys.stderr, flush=True)
+        os._exit(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_to_speak():
+    """True for the first process of the job that asks."""
+    if not dist.is_initialized():
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("spoken", 1) == 1
+    except Exception:  # the store's own process is the one that was lost
+        return True
+
+
+# ---------------------------------------------------------------------------------------------------
+# Randomness: a function of (seed, step), the same on any number of processes
+# ---------------------------------------------------------------------------------------------------
+
+
+def generator(device, *key):
+    """A torch.Generator whose stream depends on the integers `key` alone, such as (seed, step)."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+class StepRandom:
+    """Random numbers of one training step: drawn for the whole global batch, of which a rank keeps its rows."""
+
+    def __init__(self, proc, seed, step, batch):
+        self.proc, self.batch, self.g = proc, batch, generator(proc.device, seed, step)
+
+    def _kw(self):
+        return dict(generator=self.g, device=self.proc.device)
+
+    def normal(self, shape):
+        return self.proc.rows(torch.randn(self.batch, *shape, **self._kw()))
+
+    def uniform(self):
+        return self.proc.rows(torch.rand(self.batch, **self._kw()))
+
+    def integers(self, low, high):
+        """low <= n < high."""
+        return self.proc.rows(torch.randint(low, high, (self.batch,), **self._kw()))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Optimisation
+# ---------------------------------------------------------------------------------------------------
+
+
+class EMA:
+    """Average of the weights with warm-up: decay_n = min(decay, (1 + n) / (10 + n)). decay = 0 keeps none."""
+
+    def __init__(self, net, decay):
+        self.decay = decay
+        self.weights = {k: v.detach().clone() for k, v in net.state_dict().items()} if decay else None
+
+    @torch.no_grad()
+    def update(self, net, n):
+        if self.decay:
+            rate = 1 - min(self.decay, (1 + n) / (10 + n))
+            sd = net.state_dict()
+            torch._foreach_lerp_(list(self.weights.values()), [sd[k] for k in self.weights], rate)
+
+    def load(self, weights):
+        if self.decay:
+            for k, v in weights.items():
+                self.weights[k].copy_(v)
+
+    def state_dict(self, net):
+        """The weights to sample with: the average, or where none is kept the very tensors of net."""
+        return self.weights if self.decay else net.state_dict()
+
+
+def adamw(net, lr, betas=(0.9, 0.999)):
+    """Fused AdamW without weight decay, over what is trainable."""
+    return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr, betas=betas, weight_decay=0, fused=True)
+
+
+class Guard:
+    """Skips updates with a non-finite loss or gradient, on the device, and remembers the first one.
+
+    `update` needs no synchronisation: the fused optimiser itself looks at the flag. `check` synchronises; it is
+    called at every log line and before every save, so that a bad state is never saved.
+    """
+
+    def __init__(self, proc):
+        self.proc, self.first = proc, torch.full((2,), 2 ** 40, device=proc.device)  # first bad step: of the loss, of the gradient
+
+    def update(self, opt, loss, step, clip=None):
+        params = [p for group in opt.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(params, clip or math.inf, foreach=True)  # the same on all ranks, DDP has averaged
+        bad = torch.stack([~loss.detach().isfinite(), ~norm.isfinite()])
+        self.first = torch.where(bad, self.first.clamp(max=step), self.first)
+        opt.grad_scale, opt.found_inf = None, bad[1].float()  # fused AdamW leaves everything as it is where found_inf is 1
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        return norm
+
+    def check(self, out):
+        if self.proc.world > 1:
+            dist.all_reduce(self.first, op=dist.ReduceOp.MIN)
+        step, where = self.first.min(0)
+        if step < 2 ** 40:
+            last = Path(out) / "last.pt"
+            kept = f"{last} holds the last good state" if last.exists() else "nothing was saved yet"
+            raise UserError(f"step {int(step) + 1}: the {('loss', 'gradient')[int(where)]} is not finite; {kept}. Look at the data, or lower --lr")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------
+
+NOT_COMPARED = {"out", "resume", "log_every", "save_every", "eval_samples", "dry_run", "compile", "data_workers"}  # may change between launches
+
+
+def prepare(args, proc):
+    """Make --out; return the checkpoint to continue from, or None. Its arguments must be these arguments."""
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if proc.main:
+            (out / "log.jsonl").open("a").close()
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot write there ({e.strerror}); choose another folder")
+    last = out / "last.pt"
+    if args.resume == "never" and last.exists():
+        raise UserError(f"{last} exists and --resume never would overwrite it; choose another --out or delete it")
+    if not last.exists():
+        return None
+    try:
+        state = torch.load(last, map_location="cpu", weights_only=True)
+        saved = state["args"]
+    except Exception as e:
+        raise UserError(f"{last}: cannot be read ({type(e).__name__}); it is damaged: delete it or choose another --out")
+    now = plain(args)
+    for key in sorted((saved.keys() | now.keys()) - NOT_COMPARED):
+        if saved.get(key) != now.get(key):
+            raise UserError(f"{out} holds a run with {flag(key)} {saved.get(key)}, now it is {now.get(key)}; "
+                            f"repeat the old command to continue it, or choose another --out")
+    return state
+
+
+def flag(key):
+    return "--" + key.replace("_", "-")
+
+
+def plain(args):
+    return {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in vars(args).items()}
+
+
+def save(args, proc, state):
+    """Write args.out/last.pt on rank 0: to a temporary file, flushed to the disk, then moved into place."""
+    if proc.main:
+        last = Path(args.out) / "last.pt"
+        temporary = last.with_suffix(".tmp")
+        try:
+            with open(temporary, "wb") as f:
+                torch.save({"format": 1, **state, "args": plain(args)}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, last)
+        except (OSError, RuntimeError) as e:
+            temporary.unlink(missing_ok=True)
+            kept = "the one before it stands" if last.exists() else "none was saved before"
+            raise UserError(f"cannot save {last} ({e.strerror if isinstance(e, OSError) else str(e).splitlines()[0][:80]}); {kept}. Free some space and repeat the command")
+
+
+def write_text(path, text):
+    """Write a small file atomically."""
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class Stop:
+    """SIGTERM and Ctrl-C, agreed over ranks at the end of a step."""
+
+    def __init__(self, proc):
+        self.proc, self.asked = proc, False
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _ask(self, *_):
+        self.asked = True
+        self.restore()  # a second signal ends the program at once
+
+    def restore(self):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def now(self):
+        return self.proc.any(self.asked)
+
+
+def stopped(args, proc, step):
+    if proc.main:
+        print(f"stopped by a signal after step {step}, saved; the same command continues", file=sys.stderr, flush=True)
+    sys.exit(143)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Downloads
+# ---------------------------------------------------------------------------------------------------
+
+
+def fetch(url, folder, check, sha256=None, tries=3):
+    """Download url into folder once; returns the path. Local rank 0 works, the others wait for it.
+
+    The file grows under a temporary name and continues where it broke off (within `tries`, and in the next run).
+    It takes its name only when it has its full length, the published `sha256` where there is one, and check(path)
+    raises no UserError; the hash is recorded beside it. Raises UserError, leaving no file of that name.
+    """
+    path = Path(folder) / url.rsplit("/", 1)[-1]
+    if path.exists():
+        return path
+    error = None
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = _download(url, path, tries)
+            digest = hashlib.sha256()
+            with open(part, "rb") as f:
+                while block := f.read(1 << 22):
+                    digest.update(block)
+            try:
+                if sha256 and digest.hexdigest() != sha256:
+                    raise UserError(f"sha256 is {digest.hexdigest()}, published is {sha256}")
+                check(part)
+            except UserError as e:
+                part.unlink()
+                raise UserError(f"{url} does not hold what it should and was deleted ({e})")
+            write_text(path.with_name(path.name + ".sha256"), f"{digest.hexdigest()}  {path.name}\n")
+            os.replace(part, path)
+        except OSError as e:
+            error = UserError(f"cannot fetch {url} into {path.parent}: {e.strerror or e}; free some space, or download it yourself and give --ckpt PATH")
+        except UserError as e:
+            error = e
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, str(error) if error else None)
+        error = error or next((UserError(e) for e in errors if e), None)
+    if error:
+        raise error
+    return path
+
+
+def _download(url, path, tries):
+    for attempt in range(tries):
+        try:
+            return _download_once(url, path)
+        except (urllib.error.URLError, ConnectionError, TimeoutError) as e:
+            reason = getattr(e, "reason", e)
+            if isinstance(e, urllib.error.HTTPError) and e.code < 500:
+                break
+            time.sleep(attempt)
+    kept = next(iter(path.parent.glob(path.name + ".*.part")), None)
+    kept = f"{kept.stat().st_size:,} bytes are kept in {kept}, the same command continues" if kept else "nothing was kept"
+    raise UserError(f"cannot fetch {url}: {reason} ({kept}); check the connection, or download it yourself and give --ckpt PATH")
+
+
+def _download_once(url, path):
+    with urllib.request.urlopen(urllib.request.Request(url), timeout=60) as response:
+        length = int(response.headers.get("Content-Length") or 0)
+        version = hashlib.sha256(f"{url} {length} {response.headers.get('ETag')} {response.headers.get('Last-Modified')}".encode()).hexdigest()[:8]
+    part = path.with_name(f"{path.name}.{version}.part")  # another version of the file gets another name
+    for old in path.parent.glob(path.name + ".*.part"):
+        if old != part:
+            old.unlink()
+    have = part.stat().st_size if part.exists() else 0
+    if not length or have < length:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            if have and getattr(response, "status", None) != 206:  # this server cannot continue
+                have = 0
+            with open(part, "ab" if have else "wb") as f, tqdm(total=length or None, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := response.read(1 << 20):
+                    f.write(block)
+                    bar.update(len(block))
+    if length and part.stat().st_size != length:
+        raise ConnectionError(f"connection closed after {part.stat().st_size:,} of {length:,} bytes")
+    return part
+
+
+# ---------------------------------------------------------------------------------------------------
+# Progress
+# ---------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """Progress bar on stderr, one line per interval on stdout and in log.jsonl, from rank 0.
+
+    Losses are summed on the device and read (a synchronisation) only when a line is due.
+    """
+
+    def __init__(self, args, proc, start, steps, name):
+        self.args, self.proc, self.name, self.steps = args, proc, name, steps
+        self.sum, self.count, self.time = torch.zeros((), device=proc.device), 0, time.perf_counter()
+        self.path = Path(args.out) / "log.jsonl"
+        self.bar = tqdm(total=steps, initial=start, desc=name, disable=not proc.main, mininterval=0.5 if sys.stderr.isatty() else 10, leave=False)
+        if proc.main:  # what an interrupted run did after its last checkpoint is done again, and logged again
+            lines = [l for l in self.path.read_text().splitlines() if json.loads(l)["step"] <= start] if self.path.exists() else []
+            write_text(self.path, "".join(l + "\n" for l in lines))
+
+    def step(self, step, loss, **more):
+        """After step `step` (counted from 1). `more`: numbers to log beside the loss. Returns True when a line was due."""
+        self.sum += loss.detach()
+        self.count += 1
+        self.bar.update()
+        if step % self.args.log_every and step != self.steps:
+            return False
+        mean = float(self.proc.sum(self.sum.clone())) / self.proc.world / self.count
+        seconds = time.perf_counter() - self.time
+        rate = self.count * self.args.batch_size / seconds
+        if self.proc.main:
+            record = {"step": step, "loss": mean, **{k: float(v) for k, v in more.items()}, "samples_per_second": round(rate, 1)}
+            with open(self.path, "a") as f:
+                f.write(json.dumps(record) + "\n")
+            left = time.strftime("%H:%M:%S", time.gmtime((self.steps - step) * seconds / self.count))
+            self.bar.set_postfix_str(f"loss {mean:.4g}, {rate:.0f} samples/s", refresh=False)
+            extra = "".join(f"  {k} {float(v):.3g}" for k, v in more.items())
+            tqdm.write(f"{self.name} step {step}/{self.steps}  loss {mean:.5g}{extra}  {rate:.0f} samples/s  {left} left", file=sys.stdout)
+            sys.stdout.flush()
+        self.sum, self.count, self.time = torch.zeros_like(self.sum), 0, time.perf_counter()
+        return True
+
+    def close(self):
+        self.bar.close()
+
+
+def say(proc, text):
+    if proc.main:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()

@@ -1,0 +1,206 @@
+"""Diffusion arithmetic: noise schedules, what a network's output means, timestep grids, solvers, guidance.
+
+Notation: x_t = alpha_t x0 + sigma_t eps. States and outputs are (B, C, H, W), timesteps (B,) or a single
+number. Everything is computed in the dtype of the state, float32 or float64; half precision stays inside
+the network.
+"""
+import math
+
+import torch
+
+from runtime import UserError
+
+# ---------------------------------------------------------------------------------------------------
+# Noise schedules
+# ---------------------------------------------------------------------------------------------------
+
+
+def column(v, x):
+    """(B,) or a scalar -> broadcastable against x (B, C, H, W), in the dtype of x."""
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"solver arithmetic wants float32 or float64 states, got {x.dtype}")
+    return v.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+class VP:
+    """Discrete variance-preserving schedule: alpha_t^2 = prod(1 - beta), sigma_t^2 = 1 - alpha_t^2.
+
+    Timesteps are integers 0..T-1, and -1 is the clean end (alpha = 1, sigma = 0): the tables carry it as their
+    last entry. Tables are float64. `beta` and `post_logvar` (T,) serve the learned-variance term and DDPM.
+    """
+
+    def __init__(self, betas):
+        abar = torch.cumprod(1 - betas, 0)
+        before = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
+        post_var = betas * (1 - before) / (1 - abar)
+        self.T, self.clean, self.continuous = len(betas), -1, False
+        self.alpha = torch.cat([abar.sqrt(), abar.new_ones(1)])
+        self.sigma = torch.cat([(1 - abar).sqrt(), abar.new_zeros(1)])
+        self.beta, self.post_logvar = betas, torch.cat([post_var[1:2], post_var[1:]]).log()  # "clipped": entry 0 would be log 0
+
+    def to(self, device):
+        for name in ("alpha", "sigma", "beta", "post_logvar"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def at(self, t, x):
+        """alpha_t and sigma_t for t, (B,) long or int, shaped to multiply x."""
+        return column(self.alpha[t], x), column(self.sigma[t], x)
+
+
+class Interpolant:
+    """Linear interpolant of flow models (SiT): alpha_t = 1 - t, sigma_t = t, t in [0, 1], t = 1 is noise."""
+
+    T, clean, continuous = 1.0, 0.0, True
+
+    def to(self, device):
+        return self
+
+    def at(self, t, x):
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        return column(1 - t, x), column(t, x)
+
+
+def make_schedule(name, T=1000):
+    """'linear' (DDPM, DiT), 'cosine' (Nichol & Dhariwal), 'ldm' and 'sd' (linear in sqrt(beta)), 'interpolant' (SiT)."""
+    f64 = dict(dtype=torch.float64)
+    if name == "linear":
+        return VP(torch.linspace(1e-4 * 1000 / T, 0.02 * 1000 / T, T, **f64))
+    if name == "cosine":
+        abar = torch.cos((torch.arange(T + 1, **f64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        return VP((1 - abar[1:] / abar[:-1]).clamp(max=0.999))
+    if name in ("ldm", "sd"):
+        first, last = {"ldm": (0.0015, 0.0195), "sd": (0.00085, 0.012)}[name]
+        return VP(torch.linspace(first ** 0.5, last ** 0.5, T, **f64) ** 2)
+    if name == "interpolant":
+        return Interpolant()
+    raise UserError(f"schedule {name}: unknown; choose linear, cosine, ldm, sd or interpolant")
+
+
+def add_noise(schedule, x0, eps, t):
+    """x_t = alpha_t x0 + sigma_t eps."""
+    alpha, sigma = schedule.at(t, x0)
+    return alpha * x0 + sigma * eps
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a network's output means: prediction in {"eps", "x0", "v", "velocity"}
+# ---------------------------------------------------------------------------------------------------
+
+
+def to_x0_eps(schedule, x, out, t, prediction="eps"):
+    """A network's output at x_t -> its (x0, eps). v = alpha eps - sigma x0 (VP); velocity = eps - x0 (interpolant)."""
+    alpha, sigma = schedule.at(t, x)
+    if prediction == "eps":
+        return (x - sigma * out) / alpha, out
+    if prediction == "x0":
+        return out, (x - alpha * out) / sigma
+    if prediction == "v":
+        return alpha * x - sigma * out, sigma * x + alpha * out
+    if prediction == "velocity":
+        return x - sigma * out, x + alpha * out
+    raise UserError(f"prediction {prediction}: unknown; choose eps, x0, v or velocity")
+
+
+def from_x0_eps(schedule, x0, eps, t, prediction="eps"):
+    """The inverse of to_x0_eps: the output a network of this kind should give."""
+    alpha, sigma = schedule.at(t, x0)
+    return {"eps": lambda: eps, "x0": lambda: x0, "v": lambda: alpha * eps - sigma * x0, "velocity": lambda: eps - x0}[prediction]()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Timestep grids: nfe nodes from noisy to clean, then the end point, where no network is evaluated
+# ---------------------------------------------------------------------------------------------------
+
+
+def make_grid(name, nfe, T=1000):
+    """Descending list of nfe + 1 timesteps, the last one being the end point.
+
+    dit      even, from T-1 to 0, both included, then clean (-1): upstream DiT's create_diffusion(str(nfe))
+    ddim     multiples of an integer stride that gives exactly nfe nodes, then clean: create_diffusion("ddim" + str(nfe))
+    ldm      multiples of T // nfe, plus one, then t = 0 (not clean): upstream latent diffusion
+    uniform  round(T j / nfe) - 1, then clean: defined for every nfe
+    sit      nfe + 1 real numbers from 1 to 0 for the interpolant
+    """
+    if nfe < 1 or (name != "sit" and nfe > T):
+        raise UserError(f"--nfe {nfe}: must lie between 1 and the schedule's {T} steps")
+    if name == "dit":
+        return [round(i * (T - 1) / max(nfe - 1, 1)) for i in range(nfe - 1, -1, -1)] + [-1] if nfe > 1 else [T - 1, -1]
+    if name == "ddim":
+        for stride in range(1, T + 1):
+            if len(range(0, T, stride)) == nfe:
+                return list(range(0, T, stride))[::-1] + [-1]
+        raise UserError(f"--grid ddim: no integer stride gives {nfe} of {T} steps; use --grid dit or uniform")
+    if name == "ldm":
+        nodes = list(range(0, T, T // nfe))
+        if len(nodes) != nfe:
+            raise UserError(f"--grid ldm: {nfe} does not divide {T}, upstream would take {len(nodes)} steps; use --grid dit or uniform")
+        return [n + 1 for n in nodes][::-1] + [0]
+    if name == "uniform":
+        return [round(T * j / nfe) - 1 for j in range(nfe, 0, -1)] + [-1]
+    if name == "sit":
+        return [1 - i / nfe for i in range(nfe + 1)]
+    raise UserError(f"--grid {name}: unknown; choose dit, ddim, ldm, uniform or sit")
+
+
+def halve_grid(grid):
+    """Every second node of a teacher's grid: 999, 946, 894, ..., 0 -> 999, 894, ..., 53, then the same end point."""
+    if (len(grid) - 1) % 2:
+        raise UserError(f"a grid of {len(grid) - 1} steps cannot be halved")
+    return grid[:-1:2] + grid[-1:]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Solvers
+# ---------------------------------------------------------------------------------------------------
+
+
+def ddim_step(schedule, x, out, t, u, prediction="eps"):
+    """Deterministic DDIM from t to u, x_u = alpha_u x0(x_t) + sigma_u eps(x_t); on the interpolant this is Euler's step."""
+    x0, eps = to_x0_eps(schedule, x, out, t, prediction)
+    return add_noise(schedule, x0, eps, u)
+
+
+def ddim_invert(schedule, x_t, x_u, t, u):
+    """The one constant x0 whose DDIM step carries x_t to x_u: x0 = (x_u - r x_t) / (alpha_u - r alpha_t), r = sigma_u / sigma_t.
+
+    For neighbouring t and u the denominator is small; use float64 states where that matters.
+    """
+    (alpha_t, sigma_t), (alpha_u, sigma_u) = schedule.at(t, x_t), schedule.at(u, x_t)
+    r = sigma_u / sigma_t
+    return (x_u - r * x_t) / (alpha_u - r * alpha_t)
+
+
+def guide(net, cfg, channels=3):
+    """Classifier-free guidance, both halves in one forward: out_null + cfg (out_y - out_null); cfg = 1 is no guidance.
+
+    Only the first `channels` channels are guided: 3 is what upstream DiT does, also on its 4-channel latents (its
+    authors call it unintended, but its published numbers have it); the others stay conditional.
+    """
+    if cfg == 1:
+        return net
+
+    def guided(x, t, y):
+        null = torch.full_like(y, net.num_classes)
+        cond, uncond = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+        c = channels
+        return torch.cat([uncond[:, :c] + cfg * (cond[:, :c] - uncond[:, :c]), cond[:, c:]], dim=1)
+
+    return guided
+
+
+@torch.no_grad()
+def sample(net, x, y, schedule, grid, prediction="eps", keep=False, on_step=None):
+    """DDIM along `grid` from noise x (B, C, H, W) with labels y (B,); len(grid) - 1 network evaluations.
+
+    net(x, t, y) -> (B, C or more, H, W), of which the first C channels are the prediction.
+    Returns x at the end of the grid, or with keep=True the list of all len(grid) states.
+    """
+    states = [x]
+    for t, u in zip(grid[:-1], grid[1:]):
+        out = net(x, torch.full((len(x),), t, device=x.device), y)[:, :x.shape[1]].to(x.dtype)
+        x = ddim_step(schedule, x, out, t, u, prediction)
+        states = states + [x] if keep else [x]
+        if on_step:
+            on_step()
+    return states if keep else x

@@ -1,0 +1,210 @@
+"""The ordinary diffusion loss: makes a teacher, or trains one further.
+
+    1. x0 ~ data, t ~ U{0..T-1} (the interpolant: U[0, 1]), eps ~ N(0, I); the label is dropped for 1 sample in 10
+    2. x_t = alpha_t x0 + sigma_t eps
+    3. L = |net(x_t, t, y) - target|^2, target = eps, x0, v = alpha eps - sigma x0, or velocity = eps - x0;
+       with a learned variance also the variational bound of sigma, through which the prediction gets no gradient
+       (Nichol & Dhariwal, "Improved DDPM", L_hybrid as upstream DiT trains it)
+
+The other scripts have this one's shape: `diff train.py issd.py` is the method.
+
+    python train.py                                             the digits' teacher, about a minute on two CPU cores
+    python train.py --data cifar10 --model DiT-S/2              one GPU
+    torchrun --nproc_per_node 8 train.py --data LATENTS --model DiT-XL/2
+
+Writes runs/train/{last.pt, log.jsonl}; last.pt is what --ckpt of the other scripts takes.
+"""
+import math
+from pathlib import Path
+
+import torch
+
+import data
+import models
+import runtime
+from runtime import EMA, Guard, Log, Processes, Stop, StepRandom, UserError
+from solvers import add_noise, from_x0_eps, make_schedule, to_x0_eps
+
+# ---- Method -------------------------------------------------------------------------------------------
+
+
+def diffusion_loss(net, schedule, x0, y, t, noise, prediction="eps"):
+    """Clean x0 (B, C, H, W), labels y (B,), timesteps t (B,), noise like x0 -> (loss, {"mse", "vb"}).
+
+    net(x_t, t, y) gives (B, C, H, W), or (B, 2C, H, W) when it learns its variance. vb is in bits per dimension.
+    """
+    x_t = add_noise(schedule, x0, noise, t)                                   # (B, C, H, W)
+    out = net(x_t, t, y)                                                      # (B, C or 2C, H, W)
+    out, sigma_head = out.split([x0.shape[1], out.shape[1] - x0.shape[1]], 1)
+    mse = (out - from_x0_eps(schedule, x0, noise, t, prediction)).square().mean()
+    if sigma_head.shape[1] == 0:
+        return mse, {}
+    vb = variational_bound(schedule, x0, x_t, t, out.detach(), sigma_head, prediction).mean()
+    return mse + vb, {"mse": mse.detach(), "vb": vb.detach()}
+
+
+def variational_bound(schedule, x0, x_t, t, out, sigma_head, prediction):
+    """KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), at t = 0 -log p(x0 | x_1) of 8-bit data; bits per dimension, (B,)."""
+    log_beta, logvar_q = (v[t].to(x0.dtype).view(-1, 1, 1, 1) for v in (schedule.beta.log(), schedule.post_logvar))
+    share = (sigma_head + 1) / 2                                              # the head interpolates the log variance
+    logvar_p = share * log_beta + (1 - share) * logvar_q
+    difference = posterior_mean(schedule, x0, x_t, t) - posterior_mean(schedule, to_x0_eps(schedule, x_t, out, t, prediction)[0], x_t, t)
+    kl = 0.5 * (logvar_p - logvar_q - 1 + (logvar_q - logvar_p).exp() + difference.square() * (-logvar_p).exp())
+    centred, inv_std = x0 - posterior_mean(schedule, to_x0_eps(schedule, x_t, out, t, prediction)[0], x_t, t), (-0.5 * logvar_p).exp()
+    above, below = torch.special.ndtr(inv_std * (centred + 1 / 255)), torch.special.ndtr(inv_std * (centred - 1 / 255))
+    mass = torch.where(x0 < -0.999, above, torch.where(x0 > 0.999, 1 - below, above - below))
+    nll = -mass.clamp(min=1e-12).log()
+    return torch.where(t.view(-1, 1, 1, 1) == 0, nll, kl).mean((1, 2, 3)) / math.log(2)
+
+
+def posterior_mean(schedule, x0, x_t, t):
+    """Mean of q(x_{t-1} | x_t, x0) = DDPM's eq. 7."""
+    (alpha, sigma), (alpha_u, sigma_u) = schedule.at(t, x0), schedule.at(t - 1, x0)
+    beta = 1 - (alpha / alpha_u) ** 2
+    return alpha_u * beta / sigma ** 2 * x0 + (alpha / alpha_u) * (sigma_u / sigma) ** 2 * x_t
+
+
+# ---- Training -----------------------------------------------------------------------------------------
+
+
+def main(args):
+    """Returns the path of the finished checkpoint."""
+    fill_defaults(args)
+    proc = Processes(args.amp)
+    proc.check_batch(args.batch_size)
+    schedule = make_schedule(args.schedule).to(proc.device)
+    if schedule.continuous != (args.prediction == "velocity"):
+        raise UserError("--prediction velocity goes with --schedule interpolant, and only with it")
+
+    # Setup data and network:
+    dataset = data.load(args.data, args.image_size, args.classes)
+    if args.ckpt:
+        net, info = models.load_model(args.ckpt, args.model, args.image_size)
+        data.check_fits(dataset, info)
+    else:
+        latent = dataset.scale is not None
+        torch.manual_seed(args.seed)
+        net = models.build(models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes, learn_sigma=latent))
+        torch.nn.init.normal_(net.y_embedder.embedding_table.weight, std=args.label_std)
+        info = dict(prediction=args.prediction, schedule=args.schedule, scale=dataset.scale, classes=dataset.classes, grid=None, nfe=None,
+                    cfg=1.5 if latent else 1.0, arch=net.arch)
+    info = {**info, "method": "train", "prediction": args.prediction, "schedule": args.schedule}
+    ema = EMA(net.to(proc.device), args.ema)
+    student = proc.student(net, args.compile)  # important! EMA is copied before DDP and compile touch the network
+    opt = runtime.adamw(net, args.lr)
+
+    # Resume:
+    state, start = runtime.prepare(args, proc), 0
+    if state:
+        start = state["step"]
+        if start >= args.steps:
+            return Path(args.out) / "last.pt"
+        net.load_state_dict(state["model"])
+        opt.load_state_dict(state["opt"])
+        ema.load(state["ema"])
+
+    denoise, guard, stop = proc.mixed(student), Guard(proc), Stop(proc)
+    log = Log(args, proc, start, args.steps, "train")
+    stream = data.batches(dataset, proc, args.seed, args.batch_size, start)
+    for step in range(start, args.steps):
+        x0, y = next(stream)
+        rng = StepRandom(proc, args.seed, step, args.batch_size)
+        t = rng.uniform() if schedule.continuous else rng.integers(0, schedule.T)
+        y = torch.where(rng.uniform() < 0.1, info["classes"], y)  # the null label, for classifier-free guidance
+        loss, _ = diffusion_loss(denoise, schedule, x0, y, t, rng.normal(x0.shape[1:]), info["prediction"])
+        loss.backward()
+        for group in opt.param_groups:
+            group["lr"] = args.lr * learning_rate(step, args)
+        guard.update(opt, loss, step, args.clip)
+        ema.update(net, step)
+
+        done, ended = step + 1, stop.now()
+        if log.step(done, loss):
+            guard.check(args.out)
+        if done % args.save_every == 0 or done == args.steps or ended:
+            guard.check(args.out)
+            runtime.save(args, proc, {"model": net.state_dict(), "ema": ema.state_dict(net), "opt": opt.state_dict(), "step": done, **info})
+        if ended and done < args.steps:
+            runtime.stopped(args, proc, done)
+    log.close()
+    stop.restore()
+    proc.barrier()
+    return Path(args.out) / "last.pt"
+
+
+def learning_rate(step, args):
+    """Factor of --lr: linear warm-up, then constant or half a cosine down to zero."""
+    if step < args.warmup:
+        return (step + 1) / args.warmup
+    return 1.0 if args.decay == "constant" else 0.5 + 0.5 * math.cos(math.pi * (step - args.warmup) / max(args.steps - args.warmup, 1))
+
+
+def teacher(out, **changes):
+    """The checkpoint that `python train.py --out OUT` makes, made now unless it is there. Other scripts call this."""
+    args = parser().parse_args(["--out", str(out)])
+    vars(args).update(changes)
+    return main(args)
+
+
+def describe_base(args):
+    """What base_model(args) will load, without touching weights: models.describe's dict."""
+    if args.model is None and args.ckpt is None:
+        arch = models.make_arch("DiT-Ti/2", 8, 1, 10, learn_sigma=False)
+        return dict(model="DiT-Ti/2", arch=arch, classes=10, scale=None, prediction="eps", schedule="linear", grid=None, nfe=None, cfg=1.0, method="train")
+    return models.describe(None if args.ckpt is None or "://" in args.ckpt else args.ckpt, args.model, args.image_size)
+
+
+def base_model(args):
+    """The network a method starts from -> (network, info). --ckpt PATH or URL; --model alone: the released weights;
+    neither: the digits' teacher, trained here if it is not there yet. Puts the path into args.ckpt."""
+    if args.ckpt is None and args.model is None:
+        args.ckpt = str(teacher("runs/teacher-digits", amp=args.amp))
+    elif args.ckpt is None:
+        args.ckpt = str(models.upstream_checkpoint(args.model, args.image_size, runtime.CACHE))
+    elif "://" in args.ckpt:
+        args.ckpt = str(runtime.fetch(args.ckpt, runtime.CACHE, check=lambda path: models.load_model(path, args.model, args.image_size)))
+    net, info = models.load_model(args.ckpt, args.model, args.image_size)
+    args.model = info["model"]
+    return net, info
+
+
+# ---- Arguments ----------------------------------------------------------------------------------------
+
+# Upstream DiT trains at a constant 1e-4 with batch 256 and EMA 0.9999 (400,000 steps in its ablations, 7 million for the released XL/2).
+PAPER = dict(steps=400_000, batch_size=256, lr=1e-4, warmup=0, decay="constant", ema=0.9999, clip=0.0, label_std=0.02, log_every=100, save_every=5000)
+# The small digits model: a thousand steps. Upstream's label embedding of 0.02 is hardly heard in so short a run; 1 is.
+DIGITS = dict(steps=1000, batch_size=96, lr=3e-3, warmup=100, decay="cosine", ema=0.995, clip=1.0, label_std=1.0, log_every=100, save_every=500)
+
+
+def fill_defaults(args):
+    args.model = args.model or (models.describe(args.ckpt)["model"] if args.ckpt else "DiT-Ti/2")
+    for key, value in (DIGITS if args.data == "digits" else PAPER).items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every")
+
+
+def parser():
+    p = runtime.Parser(prog="train.py", description=__doc__, formatter_class=runtime.Raw)
+    p.add_argument("--model", help="DiT-{Ti,S,B,L,XL}/{1,2,4,8}; default DiT-Ti/2")
+    p.add_argument("--ckpt", help="start from these weights instead of random ones")
+    p.add_argument("--data", default="digits", help="digits, mnist, fashion-mnist, cifar10, a folder of images or of cached latents")
+    p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
+    p.add_argument("--image-size", type=int, default=256, help="of image folders and upstream checkpoints")
+    p.add_argument("--prediction", choices=["eps", "x0", "v", "velocity"], default="eps")
+    p.add_argument("--schedule", choices=["linear", "cosine", "ldm", "sd", "interpolant"], default="linear")
+    p.add_argument("--steps", type=int)
+    p.add_argument("--batch-size", type=int, help="of all processes together")
+    p.add_argument("--lr", type=float)
+    p.add_argument("--warmup", type=int, help="steps")
+    p.add_argument("--decay", choices=["constant", "cosine"], help="of the learning rate after the warm-up")
+    p.add_argument("--ema", type=float, help="decay of the averaged weights; 0 keeps none")
+    p.add_argument("--clip", type=float, help="gradient norm; 0 does not clip")
+    runtime.common_arguments(p, "runs/train")
+    return p
+
+
+if __name__ == "__main__":
+    args = parser().parse_args()
+    runtime.run(main, args, "train.py")
+    print(f"{Path(args.out) / 'last.pt'} is ready")
