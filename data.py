@@ -227,11 +227,11 @@ def batches(data, proc, seed, batch, start):
 # ---------------------------------------------------------------------------------------------------
 
 
-def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, todo=None, desc="sampling"):
-    """Sample `num` images with balanced labels; yields (first index, x (n, C, H, W) float32, y (n,)) of this rank's chunks.
+def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, label=None, todo=None, desc="sampling"):
+    """Sample `num` images, labels in turn; yields (first index, x (n, C, H, W) float32, y (n,)) of this rank's chunks.
 
     Sample i depends on (seed, i) alone. nfe, cfg: None means as the checkpoint was trained (its own grid, its own guidance).
-    todo(chunk) -> bool: skip chunks that are already there.
+    label: all of this class. todo(chunk) -> bool: skip chunks that are already there.
     """
     schedule = make_schedule(info["schedule"]).to(proc.device)
     grid = info["grid"] if nfe is None or nfe == info["nfe"] else None
@@ -244,7 +244,7 @@ def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, todo=None, des
             n = min(CHUNK, num - c * CHUNK)
             noise = torch.randn(n, arch["in_channels"], arch["input_size"], arch["input_size"],
                                 generator=generator(proc.device, seed, c, 4), device=proc.device)
-            y = torch.arange(c * CHUNK, c * CHUNK + n, device=proc.device) % max(K, 1)
+            y = torch.arange(c * CHUNK, c * CHUNK + n, device=proc.device) % max(K, 1) if label is None else torch.full((n,), label, device=proc.device)
             yield c * CHUNK, sample(guided, noise, y, schedule, grid, info["prediction"], on_step=bar.update), y
 
 

@@ -145,7 +145,7 @@ def train_digits_net(kind, seed, out, epochs=60):
     for _ in range(epochs):
         for index in torch.randperm(1437, generator=g)[:1425].view(15, 95):
             noisy = x[index] + 0.2 * torch.randn(95, 1, 8, 8, generator=g)
-            loss = F.cross_entropy(net(noisy)[1], y[index], label_smoothing=0.1)
+            loss = F.cross_entropy(net(noisy)[1], y[index])
             opt.zero_grad()
             loss.backward()
             opt.step()
