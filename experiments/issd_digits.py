@@ -39,7 +39,7 @@ def job(key):
     teacher = Path(key[-1]) / f"teacher-{T}"
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         if kind == "make":
-            train.teacher(out, seed=T)
+            train.teacher(teacher, seed=T)
             return key, None
         if kind == "base":
             (noise, nfe), ckpt = rest, teacher / "last.pt"
