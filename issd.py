@@ -100,14 +100,14 @@ def main(args):
             return report(args, proc)
 
     # Setup data; without any, the base model's own samples (the paper's Table 8):
-    if args.data.startswith("synthetic"):
-        nfe = int(args.data.partition(":")[2] or 10)
-        say(proc, f"training data: {args.pool} samples of the base model itself, {nfe} steps, guidance {args.cfg:g}")
-        args.data_path = data.synthetic(proc.mixed(teacher), {**info, "grid": None}, proc, runtime.CACHE, args.pool, args.seed, nfe, args.cfg)
-    dataset = data.load(str(getattr(args, "data_path", args.data)), args.image_size, args.classes)
+    student_eps, teacher_eps = proc.mixed(student), proc.mixed(teacher)
+    source = args.data
+    if source.startswith("synthetic:"):
+        say(proc, f"training data: {args.pool:,} samples of the base model itself, {source[10:]} steps, guidance {args.cfg:g}")
+        source = data.synthetic(teacher_eps, {**info, "grid": None}, proc, runtime.CACHE, args.pool, args.seed, int(source[10:]), args.cfg)
+    dataset = data.load(source, args.image_size, args.classes)
     data.check_fits(dataset, info)
 
-    student_eps, teacher_eps = proc.mixed(student), proc.mixed(teacher)
     nodes = torch.tensor(grid, device=proc.device)
     guard, stop = Guard(proc), Stop(proc)
     log = Log(args, proc, start, args.steps, "issd")
@@ -139,22 +139,18 @@ def main(args):
                "features": "digits-cnn", "reference": "all 1,797 digits", "cfg": args.cfg, "lam": args.lam, "reading": args.reading}
     if args.eval_samples:
         say(proc, f"the control: the ordinary loss for {args.steps} more steps")
-        continued = train.main(train.parser().parse_args(
-            f"--ckpt {args.ckpt} --data {args.data} --steps {args.steps} --batch-size {args.batch_size} --lr {args.lr} --warmup 0 --decay constant "
-            f"--ema 0 --clip 0 --amp {args.amp} --seed {args.seed} --out {args.out}/continued --log-every {args.steps}".split()))
-        control = proc.frozen(models.load_model(continued)[0])
-        base_info = {**info, "grid": grid}
+        control = proc.mixed(proc.frozen(train.continued(args, source)))
         rows, images = fid.compare({
-            "before": (teacher_eps, base_info, args.nfe, args.cfg),
-            "before, 50 steps": (teacher_eps, base_info, 50, args.cfg),
-            "continued training": (proc.mixed(control), base_info, args.nfe, args.cfg),
+            "before": (teacher_eps, info, args.nfe, args.cfg),
+            "before, 50 steps": (teacher_eps, info, 50, args.cfg),
+            "continued training": (control, info, args.nfe, args.cfg),
             "after": (proc.mixed(net.eval()), info, args.nfe, args.cfg),
         }, proc, args.eval_samples, args.seed)
         metrics.update(before=rows.pop("before"), after=rows.pop("after"), controls=rows)
         if proc.main:
             data.save_grid([images["before"], images["after"]], Path(args.out) / "samples.png")
-    metrics["seconds"] = round(time.perf_counter() - began, 1)
     if proc.main:
+        metrics["seconds"] = round(time.perf_counter() - began, 1)
         runtime.write_text(Path(args.out) / "metrics.json", json.dumps(metrics, indent=2))
     report(args, proc)
 
@@ -163,8 +159,31 @@ def report(args, proc):
     """Print the table of a finished run."""
     if proc.main:
         metrics = json.loads((Path(args.out) / "metrics.json").read_text())
-        print(fid.table(metrics) if metrics["samples"] else "quality is not measured: see --eval-samples")
-        print(f"{args.out}/last.pt is ready: python sample.py --ckpt {args.out}/last.pt")
+        print(fid.table(metrics) if metrics["samples"] else "quality is not measured here: sample with sample.py and compare with an evaluator")
+        print(f"{args.out}/last.pt is ready: python sample.py --ckpt {args.out}/last.pt --compare {args.ckpt}")
+
+
+def plan(args, info, proc):
+    """What --dry-run prints: the run in numbers, from the tables below and the shape of the network."""
+    arch = info["arch"]
+    params, flops = models.count(arch)
+    units = 6 if args.reading == "literal" else 5  # forwards of an iteration; the backward counts as two
+    rows = args.batch_size // proc.world
+    tokens = (arch["input_size"] // arch["patch_size"]) ** 2 * arch["hidden_size"] * arch["depth"] * rows
+    half = proc.bf16 or info["scale"] is not None  # the plan of a latent model speaks of a GPU, also when it is made without one
+    fixed, moving = params * (16 + (2 if half else 4)), tokens * ((48 if half else 80) + 4)  # bytes; see below
+    lines = [f"iSSD of {info['model']}, {params / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOP a forward and sample",
+             f"sampling     {args.nfe} steps, grid {args.grid}, guidance {args.cfg:g}",
+             f"training     lam {args.lam}, reading {args.reading}, lr {args.lr:g}, batch {args.batch_size} ({proc.world} x {rows}), {args.steps:,} steps",
+             f"data         {args.data}"]
+    if args.data.startswith("synthetic:"):
+        steps = int(args.data[10:]) * (1 if args.cfg == 1 else 2)
+        lines[-1] += (f": {args.pool:,} samples of the base model, made first, {steps} forwards each, {args.pool * steps * flops:.3g} FLOP, "
+                      f"{args.pool * 2 * arch['in_channels'] * arch['input_size'] ** 2 / 2 ** 30:.2g} GiB on disk")
+    lines += [f"cost         {units} forward units a step: {units * args.batch_size * flops:.3g} FLOP a step, {args.steps * units * args.batch_size * flops:.3g} FLOP in all",
+              f"memory       about {(fixed + moving) / 2 ** 30:.1f} GiB a process: weights, gradients, Adam, teacher {fixed / 2 ** 30:.1f}, activations and stored features {moving / 2 ** 30:.1f}",
+              f"checkpoint   {args.out}/last.pt, {params * 12 / 2 ** 30:.2g} GiB, every {args.save_every} steps"]
+    return "\n".join(lines)  # activations: 48 bytes a token, channel and block under bf16 (80 in float32), counted with saved_tensors_hooks
 
 
 # ---- Arguments ----------------------------------------------------------------------------------------
@@ -185,7 +204,7 @@ def fill_defaults(args, info):
     """The paper's numbers for (model, resolution, nfe). Where it has none for this nfe, those of the nearest one."""
     args.nfe = args.nfe or info["nfe"] or 10
     args.cfg = info["cfg"] if args.cfg is None else args.cfg
-    size, side = info["model"].split("-")[1].split("/")[0], info["arch"]["input_size"] * (8 if info["scale"] else 1)
+    size, side = info["name"].split("-")[1].split("/")[0], info["arch"]["input_size"] * (8 if info["scale"] else 1)
     nearest = lambda table: table[min(table, key=lambda nfe: abs(nfe - args.nfe))]
     if size == "Ti":
         preset = DIGITS
@@ -200,8 +219,10 @@ def fill_defaults(args, info):
     runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every")
     if not 0 <= args.lam <= 1:
         raise UserError(f"--lam {args.lam}: must lie between 0 and 1")
-    if args.eval_samples and info["scale"] is not None:
-        raise UserError("--eval-samples: latents have no feature network here; leave it out and decode what sample.py writes")
+    if args.eval_samples and (info["arch"]["in_channels"], info["arch"]["input_size"]) != (1, 8):
+        raise UserError("--eval-samples: only the digits have a feature network here; leave it out and measure what sample.py writes")
+    if args.data.startswith("synthetic") and not args.data.removeprefix("synthetic:").isdigit():
+        raise UserError(f"--data {args.data}: say how many steps the samples take, as in synthetic:10")
 
 
 def parser():

@@ -315,7 +315,7 @@ def load_weights(net, ckpt, name):
 
 
 def describe(ckpt, name=None, image_size=256):
-    """What a checkpoint is, without its weights: prediction, schedule, scale, classes, grid, nfe, cfg, method, arch, model.
+    """What a checkpoint is, without its weights: prediction, schedule, scale, classes, grid, nfe, cfg, method, arch, name.
 
     ckpt: a path, or None for the released network called `name`. Our own files say all this themselves; for upstream DiT
     weights it follows from `name` ("DiT-XL/2") and `image_size` (256 or 512).
@@ -324,13 +324,12 @@ def describe(ckpt, name=None, image_size=256):
     if "format" in held:
         if held["format"] != 1:
             raise UserError(f"checkpoint {ckpt}: format {held['format']}, this code reads format 1")
-        info = {k: v for k, v in held.items() if k not in ("model", "ema", "opt")}
-        if name and name != held["args"]["model"]:
-            raise UserError(f"checkpoint {ckpt} holds {held['args']['model']}, not --model {name}; leave --model out")
-        return {**info, "model": held["args"]["model"]}
+        if name and name != held["name"]:
+            raise UserError(f"checkpoint {ckpt} holds {held['name']}, not --model {name}; leave --model out")
+        return {k: held[k] for k in ("name", "arch", "classes", *DIT_DEFAULTS)}
     if not name:
         raise UserError(f"checkpoint {ckpt} does not say what it is; name it with --model, for example DiT-XL/2")
-    return dict(DIT_DEFAULTS, model=name, classes=1000, arch=make_arch(name, image_size // 8, 4, 1000, True))
+    return dict(DIT_DEFAULTS, name=name, classes=1000, arch=make_arch(name, image_size // 8, 4, 1000, True))
 
 
 def load_model(path, name=None, image_size=256):

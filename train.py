@@ -23,7 +23,7 @@ import data
 import models
 import runtime
 from runtime import EMA, Guard, Log, Processes, Stop, StepRandom, UserError
-from solvers import add_noise, from_x0_eps, make_schedule, to_x0_eps
+from solvers import add_noise, column, from_x0_eps, make_schedule, to_x0_eps
 
 # ---- Method -------------------------------------------------------------------------------------------
 
@@ -45,23 +45,21 @@ def diffusion_loss(net, schedule, x0, y, t, noise, prediction="eps"):
 
 def variational_bound(schedule, x0, x_t, t, out, sigma_head, prediction):
     """KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), at t = 0 -log p(x0 | x_1) of 8-bit data; bits per dimension, (B,)."""
-    log_beta, logvar_q = (v[t].to(x0.dtype).view(-1, 1, 1, 1) for v in (schedule.beta.log(), schedule.post_logvar))
+    def posterior_mean(x0):                                                   # of q(x_{t-1} | x_t, x0), DDPM's Eq. 7
+        beta, sigma, (alpha_u, sigma_u) = column(schedule.beta[t], x0), schedule.at(t, x0)[1], schedule.at(t - 1, x0)
+        return alpha_u * beta / sigma ** 2 * x0 + (1 - beta).sqrt() * (sigma_u / sigma) ** 2 * x_t
+
+    log_beta, logvar_q = (column(v[t], x0) for v in (schedule.beta.log(), schedule.post_logvar))
     share = (sigma_head + 1) / 2                                              # the head interpolates the log variance
     logvar_p = share * log_beta + (1 - share) * logvar_q
-    difference = posterior_mean(schedule, x0, x_t, t) - posterior_mean(schedule, to_x0_eps(schedule, x_t, out, t, prediction)[0], x_t, t)
-    kl = 0.5 * (logvar_p - logvar_q - 1 + (logvar_q - logvar_p).exp() + difference.square() * (-logvar_p).exp())
-    centred, inv_std = x0 - posterior_mean(schedule, to_x0_eps(schedule, x_t, out, t, prediction)[0], x_t, t), (-0.5 * logvar_p).exp()
-    above, below = torch.special.ndtr(inv_std * (centred + 1 / 255)), torch.special.ndtr(inv_std * (centred - 1 / 255))
+    mean_q, mean_p = posterior_mean(x0), posterior_mean(to_x0_eps(schedule, x_t, out, t, prediction)[0])
+    kl = 0.5 * (logvar_p - logvar_q - 1 + (logvar_q - logvar_p).exp() + (mean_q - mean_p).square() * (-logvar_p).exp())
+    cdf = lambda v: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v ** 3)))  # upstream's normal distribution function
+    inv_std = (-0.5 * logvar_p).exp()
+    above, below = cdf(inv_std * (x0 - mean_p + 1 / 255)), cdf(inv_std * (x0 - mean_p - 1 / 255))
     mass = torch.where(x0 < -0.999, above, torch.where(x0 > 0.999, 1 - below, above - below))
     nll = -mass.clamp(min=1e-12).log()
     return torch.where(t.view(-1, 1, 1, 1) == 0, nll, kl).mean((1, 2, 3)) / math.log(2)
-
-
-def posterior_mean(schedule, x0, x_t, t):
-    """Mean of q(x_{t-1} | x_t, x0) = DDPM's eq. 7."""
-    (alpha, sigma), (alpha_u, sigma_u) = schedule.at(t, x0), schedule.at(t - 1, x0)
-    beta = 1 - (alpha / alpha_u) ** 2
-    return alpha_u * beta / sigma ** 2 * x0 + (alpha / alpha_u) * (sigma_u / sigma) ** 2 * x_t
 
 
 # ---- Training -----------------------------------------------------------------------------------------
@@ -86,7 +84,7 @@ def main(args):
         torch.manual_seed(args.seed)
         net = models.build(models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes, learn_sigma=latent))
         torch.nn.init.normal_(net.y_embedder.embedding_table.weight, std=args.label_std)
-        info = dict(prediction=args.prediction, schedule=args.schedule, scale=dataset.scale, classes=dataset.classes, grid=None, nfe=None,
+        info = dict(name=args.model, prediction=args.prediction, schedule=args.schedule, scale=dataset.scale, classes=dataset.classes, grid=None, nfe=None,
                     cfg=1.5 if latent else 1.0, arch=net.arch)
     info = {**info, "method": "train", "prediction": args.prediction, "schedule": args.schedule}
     ema = EMA(net.to(proc.device), args.ema)
@@ -146,11 +144,19 @@ def teacher(out, **changes):
     return main(args)
 
 
+def continued(args, source):
+    """The control of every method: this loss from the same base model, with the method's data, steps, batch and learning rate."""
+    own = parser().parse_args([])
+    vars(own).update({k: getattr(args, k) for k in ("ckpt", "model", "image_size", "classes", "steps", "batch_size", "lr", "seed", "amp", "resume")},
+                     data=str(source), out=f"{args.out}/continued", warmup=0, decay="constant", ema=0.0, clip=0.0, log_every=args.steps, save_every=args.steps)
+    return models.load_model(main(own))[0]
+
+
 def describe_base(args):
     """What base_model(args) will load, without touching weights: models.describe's dict."""
     if args.model is None and args.ckpt is None:
         arch = models.make_arch("DiT-Ti/2", 8, 1, 10, learn_sigma=False)
-        return dict(model="DiT-Ti/2", arch=arch, classes=10, scale=None, prediction="eps", schedule="linear", grid=None, nfe=None, cfg=1.0, method="train")
+        return dict(name="DiT-Ti/2", arch=arch, classes=10, scale=None, prediction="eps", schedule="linear", grid=None, nfe=None, cfg=1.0, method="train")
     return models.describe(None if args.ckpt is None or "://" in args.ckpt else args.ckpt, args.model, args.image_size)
 
 
@@ -164,7 +170,7 @@ def base_model(args):
     elif "://" in args.ckpt:
         args.ckpt = str(runtime.fetch(args.ckpt, runtime.CACHE, check=lambda path: models.load_model(path, args.model, args.image_size)))
     net, info = models.load_model(args.ckpt, args.model, args.image_size)
-    args.model = info["model"]
+    args.model = info["name"]
     return net, info
 
 
@@ -177,7 +183,7 @@ DIGITS = dict(steps=2000, batch_size=96, lr=3e-3, warmup=100, decay="cosine", em
 
 
 def fill_defaults(args):
-    args.model = args.model or (models.describe(args.ckpt)["model"] if args.ckpt else "DiT-Ti/2")
+    args.model = args.model or (models.describe(args.ckpt)["name"] if args.ckpt else "DiT-Ti/2")
     for key, value in (DIGITS if args.data == "digits" else PAPER).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)

@@ -36,7 +36,7 @@ def ckpt(tmp_path_factory, tiny):
 
 def checkpoint(net, **changes):
     sd = net.state_dict()
-    return {"format": 1, "model": sd, "ema": sd, "opt": {}, "step": 1, "args": {"model": "DiT-Ti/2"}, "arch": net.arch, "prediction": "eps",
+    return {"format": 1, "model": sd, "ema": sd, "opt": {}, "step": 1, "args": {}, "name": "DiT-Ti/2", "arch": net.arch, "prediction": "eps",
             "schedule": "linear", "scale": None, "classes": 10, "grid": None, "nfe": None, "cfg": 1.0, "method": "train", **changes}
 
 

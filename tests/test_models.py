@@ -29,7 +29,7 @@ def test_forward_equals_upstream(upstream):
         out = net(x, t, y, tap=lambda l, h: seen.setdefault(l, h))
         np.testing.assert_allclose(out, f["out"], atol=1e-5)
         np.testing.assert_allclose(net(x, torch.from_numpy(f["t_frac"]), y), f["out_t_frac"], atol=1e-5)
-    np.testing.assert_allclose(seen[0], f["tokens0"] if f["tokens0"].shape == tuple(seen[0].shape) and np.allclose(seen[0], f["tokens0"], atol=1e-4) else f["tokens1"], atol=1e-4)
+    np.testing.assert_allclose(seen[0], f["tokens1"], atol=1e-4)
     assert sorted(seen) == [0, 1, 2, 3] and seen[3] is out
 
 
@@ -42,7 +42,8 @@ def test_gradients_equal_upstream(upstream):
     checked = [k for k in f.files if k.startswith("grad/")]
     assert checked
     for k in checked:
-        np.testing.assert_allclose(named[k[5:]].grad, f[k], atol=1e-4)
+        # Behind the float32 sinusoid of t = 999 the last digits depend on the machine; that gradient is near 19.
+        np.testing.assert_allclose(named[k[5:]].grad, f[k], atol=5e-4 if k == "grad/t_embedder.mlp.0.weight" else 1e-4)
 
 
 def test_guidance_equals_upstream(upstream):
@@ -65,8 +66,7 @@ def test_keys_shapes_and_parameters_equal_upstream(name, side):
     want = json.loads((GOLDEN / "dit_keys.json").read_text())[name]
     with torch.device("meta"):
         net = models.build(models.make_arch(name.removesuffix("-512"), side, 4, 1000, True))
-    assert [[k, list(v.shape)] for k, v in net.state_dict().items()] == [k[:2] for k in want["keys"]] or \
-        {k: list(v.shape) for k, v in net.state_dict().items()} == {k[0]: k[1] for k in want["keys"]}
+    assert {k: list(v.shape) for k, v in net.state_dict().items()} == {k[0]: k[1] for k in want["keys"]}
     assert sum(p.numel() for p in net.parameters()) == want["params"]
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) == want["trainable"]
 

@@ -55,7 +55,7 @@ def test_grids_equal_upstream(golden):
 
 def test_grid_by_hand():
     assert make_grid("dit", 10) == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0, -1]
-    assert halve_grid(make_grid("dit", 20)) == [999, 894, 789, 684, 578, 473, 368, 263, 158, 53, -1] or halve_grid(make_grid("dit", 20))[:3] == [999, 894, 789]
+    assert halve_grid(make_grid("dit", 20)) == [999, 894, 789, 684, 578, 473, 368, 263, 158, 53, -1]
     assert halve_grid(halve_grid(make_grid("dit", 16))) == [999, 733, 466, 200, -1]
     assert make_grid("uniform", 64)[-2:] == [15, -1] and len(make_grid("uniform", 62)) == 63 and make_grid("uniform", 1) == [999, -1]
     assert make_grid("sit", 4) == [1, 0.75, 0.5, 0.25, 0]
@@ -128,7 +128,7 @@ def test_sampler_follows_the_exact_ode_to_first_order():
     for n in (50, 100, 200):
         end = sample(net, x, y, s, make_grid("uniform", n))
         errors.append(float((end - net.exact(x, 999, -1)).abs().max()))
-    assert errors[-1] < 5e-3
+    assert errors[-1] < 0.05
     assert all(1.7 < a / b < 2.3 for a, b in zip(errors, errors[1:])), errors
 
 

@@ -1,0 +1,122 @@
+"""The commands themselves: resume, signals, several processes, precision."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, losses, script, torchrun, weights
+
+STEPS = 24
+
+
+def words(ckpt, out, *more):
+    return ["issd.py", "--ckpt", ckpt, "--steps", STEPS, "--batch-size", 8, "--lr", 1e-3, "--eval-samples", 0, "--log-every", 1, "--save-every", 5, "--out", out, *more]
+
+
+def same(a, b):
+    return all(torch.equal(v, b[k]) for k, v in a.items()) and a.keys() == b.keys()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, ckpt):
+    out = tmp_path_factory.mktemp("whole")
+    script(*words(ckpt, out))
+    return out
+
+
+def start_and_signal(command, out, step, sig, group=False):
+    """Start the command, wait until step `step` is logged, send the signal; returns the ended process."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    p = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log, deadline = out / "log.jsonl", time.time() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= step):
+        assert time.time() < deadline and p.poll() is None, p.communicate()
+        time.sleep(0.002)
+    p.send_signal(sig)
+    p.output = p.communicate(timeout=60)
+    return p
+
+
+@pytest.mark.parametrize("step", [2, 9, 17])
+def test_sigkill_then_the_same_command_is_bit_identical(tmp_path, ckpt, whole, step):
+    p = start_and_signal(words(ckpt, tmp_path), tmp_path, step, signal.SIGKILL)
+    assert p.returncode == -signal.SIGKILL
+    assert (tmp_path / "last.pt").exists() == (step > 5)
+    script(*words(ckpt, tmp_path))
+    assert same(weights(tmp_path), weights(whole)) and losses(tmp_path) == losses(whole)
+    a, b = (torch.load(f / "last.pt", weights_only=True)["opt"]["state"] for f in (tmp_path, whole))
+    assert all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
+
+
+def test_sigterm_saves_at_the_end_of_the_step(tmp_path, ckpt, whole):
+    p = start_and_signal(words(ckpt, tmp_path, "--save-every", 1000), tmp_path, 7, signal.SIGTERM)
+    assert p.returncode == 143 and "saved; the same command continues" in p.output[1]
+    assert 7 <= torch.load(tmp_path / "last.pt", weights_only=True)["step"] < STEPS
+    script(*words(ckpt, tmp_path, "--save-every", 1000))
+    assert same(weights(tmp_path), weights(whole)) and losses(tmp_path) == losses(whole)
+
+
+def test_a_teacher_with_an_average_resumes_exactly(tmp_path):
+    command = lambda out: ["train.py", "--steps", STEPS, "--batch-size", 8, "--log-every", 1, "--save-every", 5, "--out", out]
+    script(*command(tmp_path / "a"))
+    start_and_signal(command(tmp_path / "b"), tmp_path / "b", 12, signal.SIGKILL)
+    script(*command(tmp_path / "b"))
+    a, b = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in "ab")
+    assert same(a["model"], b["model"]) and same(a["ema"], b["ema"]) and not same(a["model"], a["ema"])
+
+
+def test_a_finished_run_prints_its_table_and_changed_arguments_are_refused(tmp_path, ckpt, whole):
+    before = (whole / "last.pt").stat().st_mtime_ns
+    again = script(*words(ckpt, whole))
+    assert "is ready" in again.stdout and "step 1/" not in again.stdout
+    changed = script(*words(ckpt, whole, "--lam", 0.1, "--reading", "student"), check=False)
+    assert changed.returncode == 2 and changed.stderr.strip().count("\n") == 0
+    assert "--lam 0.25, now it is 0.1" in changed.stderr
+    assert script(*words(ckpt, whole, "--resume", "never"), check=False).returncode == 2
+    assert (whole / "last.pt").stat().st_mtime_ns == before
+
+
+def test_two_processes_agree_with_one(tmp_path, ckpt):
+    """20 float32 steps with loss > 0 at the same global batch; and so does bf16, which runs on CPU too."""
+    run = lambda out, *more: ["issd.py", "--ckpt", ckpt, "--steps", 20, "--batch-size", 8, "--lr", 1e-4, "--eval-samples", 0, "--log-every", 1, "--out", out, *more]
+    script(*run(tmp_path / "one"))
+    torchrun(2, *run(tmp_path / "two"))
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 20 and min(one) > 0
+    assert all(b == pytest.approx(a, rel=1e-4) for a, b in zip(one, two))
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5
+    start = torch.load(ckpt, weights_only=True)["model"]
+    assert max(float((a[k] - start[k]).abs().max()) for k in a) > 1e-3
+    script(*run(tmp_path / "half", "--amp", "bf16"))
+    half = losses(tmp_path / "half")
+    assert all(b == pytest.approx(a, rel=0.05) for a, b in zip(one, half)) and half != one
+
+
+def test_two_processes_resume_what_one_began_and_sigterm_is_agreed(tmp_path, ckpt, whole):
+    script(*words(ckpt, tmp_path / "x", "--save-every", 10))
+    state = torch.load(tmp_path / "x" / "last.pt", weights_only=True)
+    assert state["step"] == STEPS
+    p = start_and_signal(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *words(ckpt, tmp_path / "y")], tmp_path / "y", 6, signal.SIGTERM)
+    assert p.returncode != 0 and 6 <= torch.load(tmp_path / "y" / "last.pt", weights_only=True)["step"] <= STEPS
+    script(*words(ckpt, tmp_path / "y"))
+    assert max(float((weights(tmp_path / "y")[k] - v).abs().max()) for k, v in weights(whole).items()) < 1e-4
+    assert [r["step"] for r in map(json.loads, (tmp_path / "y" / "log.jsonl").read_text().splitlines())] == list(range(1, STEPS + 1))
+
+
+def test_the_main_job_in_small(tmp_path):
+    """`python issd.py` with fewer steps and samples: teacher, distillation, control, table, picture."""
+    done = script("-c", "import sys, train, issd, runtime; train.DIGITS['steps'] = 30; runtime.run(issd.main, issd.parser().parse_args(sys.argv[1:]), 'issd.py')",
+                  "--steps", 4, "--eval-samples", 60, "--out", tmp_path / "runs", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    metrics = json.loads((tmp_path / "runs" / "metrics.json").read_text())
+    assert set(metrics["before"]) == set(metrics["after"]) == {"fd", "accuracy", "pixel_fd"}
+    assert set(metrics["controls"]) == {"before, 50 steps", "continued training"} and metrics["samples"] == 60 and metrics["features"] == "digits-cnn"
+    assert "Frechet distance" in done.stdout and "after issd" in done.stdout
+    from PIL import Image
+    assert Image.open(tmp_path / "runs" / "samples.png").size == (20 * 8 * 4, (2 * 2 * 8 + 1) * 4)
+    assert (tmp_path / "runs" / "teacher-digits" / "last.pt").exists()
+    assert metrics["after"] != metrics["before"] != metrics["controls"]["continued training"]
