@@ -167,4 +167,4 @@ if __name__ == "__main__":
     c.add_argument("--seed", type=int, default=0)
     c.add_argument("--out", required=True)
     args = p.parse_args()
-    runtime.run(main, args, "fid.py")
+    runtime.run(main, args)

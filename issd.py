@@ -105,7 +105,7 @@ def main(args):
     if source.startswith("synthetic:"):
         say(proc, f"training data: {args.pool:,} samples of the base model itself, {source[10:]} steps, guidance {args.cfg:g}")
         source = data.synthetic(teacher_eps, {**info, "grid": None}, proc, runtime.CACHE, args.pool, args.seed, int(source[10:]), args.cfg)
-    dataset = data.load(source, args.image_size, args.classes)
+    dataset = data.load(source, info["arch"]["input_size"], args.classes)
     data.check_fits(dataset, info)
 
     nodes = torch.tensor(grid, device=proc.device)
@@ -202,7 +202,9 @@ POOL = 50_000  # synthetic samples; the paper does not say how many it made
 
 def fill_defaults(args, info):
     """The paper's numbers for (model, resolution, nfe). Where it has none for this nfe, those of the nearest one."""
-    args.nfe = args.nfe or info["nfe"] or 10
+    args.nfe = (info["nfe"] or 10) if args.nfe is None else args.nfe
+    if args.nfe < 2:
+        raise UserError(f"--nfe {args.nfe}: iSSD pairs neighbouring steps and needs at least 2")
     args.cfg = info["cfg"] if args.cfg is None else args.cfg
     size, side = info["name"].split("-")[1].split("/")[0], info["arch"]["input_size"] * (8 if info["scale"] else 1)
     nearest = lambda table: table[min(table, key=lambda nfe: abs(nfe - args.nfe))]
@@ -228,7 +230,7 @@ def fill_defaults(args, info):
 def parser():
     p = runtime.Parser(prog="issd.py", description=__doc__, formatter_class=runtime.Raw)
     p.add_argument("--model", help="DiT-{S,B,L,XL}/{2,4,8}; the released weights are fetched where there are any")
-    p.add_argument("--image-size", type=int, default=256, choices=[256, 512], help="of the released weights, and of image folders")
+    p.add_argument("--image-size", type=int, default=256, choices=[256, 512], help="of the released weights")
     p.add_argument("--ckpt", help="the base model: a checkpoint's path or URL, ours or upstream's")
     p.add_argument("--data", help="digits, mnist, cifar10, ..., a folder of images or cached latents, or synthetic:STEPS")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
@@ -246,4 +248,4 @@ def parser():
 
 
 if __name__ == "__main__":
-    runtime.run(main, parser().parse_args(), "issd.py")
+    runtime.run(main, parser().parse_args())

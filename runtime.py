@@ -156,27 +156,28 @@ def compile_blocks(net):
         block.compile()
 
 
-def run(main, args, prog):
-    """main(args); a UserError becomes one line from one rank and exit code 2."""
+def run(main, args):
+    """main(args); what the user can mend becomes one line from one rank and exit code 2."""
     try:
         main(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as e:
-        if first_to_speak():
-            print(f"{prog}: error: {e}", file=sys.stderr, flush=True)
-        os._exit(2) if dist.is_initialized() else sys.exit(2)
+        leave(f"error: {e}", 2)
     except KeyboardInterrupt:
-        if first_to_speak():
-            print(f"{prog}: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        leave("interrupted; the same command continues from the last checkpoint", 130)
     except RuntimeError as e:
         if not dist.is_initialized() or "onnection" not in str(e):
             raise
-        if first_to_speak():
-            print(f"{prog}: error: another process of this job was lost ({str(e).splitlines()[0][:120]}); "
-                  f"the last checkpoint in {args.out} stands, the same command continues from it", file=sys.stderr, flush=True)
-        os._exit(1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        leave(f"error: another process of this job was lost ({str(e).splitlines()[0][:100]}); the last checkpoint stands, the same command continues from it", 1)
+
+
+def leave(line, code):
+    """Print one line, from the first process of the job that has something to say, and exit."""
+    if first_to_speak():
+        tqdm.write(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        sys.stderr.flush()
+    os._exit(code) if dist.is_initialized() else sys.exit(code)  # a broken process group would hang an orderly exit
 
 
 def first_to_speak():

@@ -73,4 +73,4 @@ def parser():
 
 
 if __name__ == "__main__":
-    runtime.run(main, parser().parse_args(), "sample.py")
+    runtime.run(main, parser().parse_args())

@@ -153,22 +153,24 @@ def continued(args, source):
 
 
 def describe_base(args):
-    """What base_model(args) will load, without touching weights: models.describe's dict."""
+    """What base_model(args) will load: models.describe's dict, without touching weights. The base model is --ckpt PATH or URL; with
+    --model alone the released weights; with neither the digits' teacher."""
     if args.model is None and args.ckpt is None:
         arch = models.make_arch("DiT-Ti/2", 8, 1, 10, learn_sigma=False)
         return dict(name="DiT-Ti/2", arch=arch, classes=10, scale=None, prediction="eps", schedule="linear", grid=None, nfe=None, cfg=1.0, method="train")
-    return models.describe(None if args.ckpt is None or "://" in args.ckpt else args.ckpt, args.model, args.image_size)
+    remote = args.ckpt is None or "://" in args.ckpt
+    if remote and args.ckpt and not args.dry_run:
+        args.ckpt = str(runtime.fetch(args.ckpt, runtime.CACHE, check=lambda path: models.load_model(path, args.model, args.image_size)))
+        remote = False
+    return models.describe(None if remote else args.ckpt, args.model, args.image_size)
 
 
 def base_model(args):
-    """The network a method starts from -> (network, info). --ckpt PATH or URL; --model alone: the released weights;
-    neither: the digits' teacher, trained here if it is not there yet. Puts the path into args.ckpt."""
+    """The network a method starts from -> (network, info): fetched, or trained here, if it is not there yet. Puts its path into args.ckpt."""
     if args.ckpt is None and args.model is None:
         args.ckpt = str(teacher("runs/teacher-digits", amp=args.amp))
     elif args.ckpt is None:
         args.ckpt = str(models.upstream_checkpoint(args.model, args.image_size, runtime.CACHE))
-    elif "://" in args.ckpt:
-        args.ckpt = str(runtime.fetch(args.ckpt, runtime.CACHE, check=lambda path: models.load_model(path, args.model, args.image_size)))
     net, info = models.load_model(args.ckpt, args.model, args.image_size)
     args.model = info["name"]
     return net, info
@@ -212,5 +214,5 @@ def parser():
 
 if __name__ == "__main__":
     args = parser().parse_args()
-    runtime.run(main, args, "train.py")
+    runtime.run(main, args)
     print(f"{Path(args.out) / 'last.pt'} is ready")

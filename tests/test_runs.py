@@ -110,7 +110,7 @@ def test_two_processes_resume_what_one_began_and_sigterm_is_agreed(tmp_path, ckp
 
 def test_the_main_job_in_small(tmp_path):
     """`python issd.py` with fewer steps and samples: teacher, distillation, control, table, picture."""
-    done = script("-c", "import sys, train, issd, runtime; train.DIGITS['steps'] = 30; runtime.run(issd.main, issd.parser().parse_args(sys.argv[1:]), 'issd.py')",
+    done = script("-c", "import sys, train, issd, runtime; train.DIGITS['steps'] = 30; runtime.run(issd.main, issd.parser().parse_args(sys.argv[1:]))",
                   "--steps", 4, "--eval-samples", 60, "--out", tmp_path / "runs", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     metrics = json.loads((tmp_path / "runs" / "metrics.json").read_text())
     assert set(metrics["before"]) == set(metrics["after"]) == {"fd", "accuracy", "pixel_fd"}

@@ -1,0 +1,187 @@
+"""Bad input ends with one line that says what and how to mend it, exit code 2, and nothing lost."""
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, checkpoint, torchrun
+from PIL import Image
+
+import issd
+import models
+import runtime
+import sample
+import train
+
+MODULES = {"issd": issd, "train": train, "sample": sample}
+
+
+@pytest.fixture
+def fails(capsys, monkeypatch, tmp_path):
+    """fails("issd", words...) runs it in this process and returns its one line of complaint."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(module, *words):
+        monkeypatch.setattr(sys, "argv", [module + ".py"])
+        with pytest.raises(SystemExit) as e:
+            args = MODULES[module].parser().parse_args([str(w) for w in words])
+            runtime.run(MODULES[module].main, args)
+        complaints = [line.replace("\x1b[A", "").strip() for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if "error" in line]
+        assert e.value.code == 2 and len(complaints) == 1, complaints
+        assert complaints[0].startswith(f"{module}.py: error: ")
+        return complaints[0]
+    return call
+
+
+def quick(ckpt, out="out", *more):
+    return ["--ckpt", ckpt, "--steps", 2, "--batch-size", 4, "--eval-samples", 0, "--out", out, *more]
+
+
+def test_arguments(fails, ckpt):
+    assert "unknown; choose DiT-" in fails("issd", "--model", "DiT-XXL/2", "--dry-run")
+    assert "unknown; choose DiT-" in fails("issd", "--model", "DiT-S/3", "--dry-run")
+    for nfe in (1, 0, -3):
+        assert "at least 2" in fails("issd", *quick(ckpt), "--nfe", nfe)
+    assert "between 1 and the schedule's 1000 steps" in fails("issd", *quick(ckpt), "--nfe", 1001)
+    assert "no integer stride gives 64" in fails("issd", *quick(ckpt), "--nfe", 64, "--grid", "ddim")
+    assert "between 0 and 1" in fails("issd", *quick(ckpt), "--lam", 1.5)
+    assert "--lr" in fails("issd", *quick(ckpt), "--lr", 0)
+    assert "--steps" in fails("train", "--steps", -1)
+    assert "invalid int value" in fails("issd", "--nfe", "many")
+    assert "unrecognized arguments" in fails("issd", "--lambda", 1)
+    assert "synthetic:10" in fails("issd", *quick(ckpt), "--data", "synthetic")
+    assert "only the digits have a feature network" in fails("issd", "--model", "DiT-S/2", "--eval-samples", 10, "--dry-run")
+    assert "goes with --schedule interpolant" in fails("train", "--prediction", "velocity")
+    assert "no released weights for DiT-S/2" in fails("issd", "--model", "DiT-S/2")
+    assert not os.path.exists("out")
+
+
+def test_checkpoints(fails, tmp_path, tiny, ckpt):
+    assert "no such file" in fails("issd", *quick("missing.pt"))
+    (tmp_path / "text.pt").write_text("not weights")
+    assert "cannot be read" in fails("issd", *quick("text.pt"))
+    raw = open(ckpt, "rb").read()
+    (tmp_path / "cut.pt").write_bytes(raw[:len(raw) // 2])
+    assert "damaged" in fails("issd", *quick("cut.pt"))
+    (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 20)
+    assert "damaged" in fails("issd", *quick("cut.safetensors"))
+    torch.save(tiny.state_dict(), tmp_path / "raw.pt")
+    assert "name it with --model" in fails("issd", *quick("raw.pt"))
+    assert "does not fit the network (missing" in fails("issd", *quick("raw.pt"), "--model", "DiT-S/8")
+    assert "holds DiT-Ti/2, not --model DiT-S/2" in fails("issd", *quick(ckpt), "--model", "DiT-S/2")
+    wrong = checkpoint(tiny)
+    wrong["ema"] = {k: v for k, v in wrong["ema"].items() if k != "pos_embed"}
+    torch.save(wrong, tmp_path / "wrong.pt")
+    assert "missing 1: pos_embed" in fails("sample", "--ckpt", "wrong.pt")
+    torch.save(dict(checkpoint(tiny), format=9), tmp_path / "future.pt")
+    assert "format 9" in fails("sample", "--ckpt", "future.pt")
+    torch.save({"ema": {}}, tmp_path / "empty.pt")
+    assert "missing" in fails("sample", "--ckpt", "empty.pt", "--model", "DiT-S/8")
+
+
+def test_data(fails, tmp_path, ckpt, tiny):
+    assert "neither a known set" in fails("issd", *quick(ckpt), "--data", "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no images there" in fails("issd", *quick(ckpt), "--data", "empty")
+    assert "label 9 is out of range for 5 classes" in fails("issd", *quick(ckpt), "--data", "digits", "--classes", 5)
+    net = models.fill_random(models.build(models.make_arch("DiT-Ti/2", 8, 3, 2, False)))
+    torch.save(checkpoint(net, classes=2), tmp_path / "rgb.pt")
+    assert "has shape (1, 8, 8), the network wants (3, 8, 8)" in fails("issd", *quick("rgb.pt"), "--data", "digits")
+    for k in range(3):
+        (tmp_path / "images" / f"class{k}").mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / "images" / f"class{k}" / f"{i}.png")
+    assert "has 3 classes, the network knows 2" in fails("issd", *quick("rgb.pt"), "--data", "images")
+    shutil.rmtree(tmp_path / "images" / "class2")
+    (tmp_path / "images" / "class1" / "bad.png").write_bytes(b"\x89PNG\r\n broken")
+    message = fails("train", "--ckpt", "rgb.pt", "--data", "images", "--image-size", 8, "--steps", 5, "--batch-size", 4, "--out", "o2")
+    assert "bad.png: cannot be read" in message
+
+
+def latents(folder, x, y, classes=10, scale=None):
+    import json
+    folder.mkdir()
+    np.save(folder / "latents.npy", x)
+    np.save(folder / "labels.npy", y)
+    (folder / "meta.json").write_text(json.dumps({"classes": classes, "scale": scale}))
+    return str(folder)
+
+
+def test_latents(fails, tmp_path, ckpt):
+    x = np.random.default_rng(0).normal(size=(8, 1, 1, 1, 8, 8)).astype(np.float32)
+    assert "label 10 is out of range" in fails("issd", *quick(ckpt), "--data", latents(tmp_path / "a", x, np.full(8, 10)))
+    assert "want (N, F, S, C, H, W)" in fails("issd", *quick(ckpt), "--data", latents(tmp_path / "b", x[:, 0], np.zeros(8, int)))
+    x[:, 0, 0, 0, 0, 0] = np.nan
+    assert "is not finite" in fails("issd", *quick(ckpt), "--data", latents(tmp_path / "c", x, np.zeros(8, int)))
+    (tmp_path / "c" / "labels.npy").write_bytes(b"x")
+    assert "make it again" in fails("issd", *quick(ckpt), "--data", tmp_path / "c")
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_state(fails, tmp_path, ckpt):
+    """A network that gives NaN from step 6 on: step 5's checkpoint stands, and step 6 is named."""
+    words = [*quick(ckpt), "--save-every", 5, "--log-every", 100]
+    words[words.index("--steps") + 1] = 20
+    original = issd.issd_loss
+    calls = []
+
+    def poisoned(*args, **kwargs):
+        loss, info = original(*args, **kwargs)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) >= 6 else loss), info
+    issd.issd_loss = poisoned
+    try:
+        message = fails("issd", *words)
+    finally:
+        issd.issd_loss = original
+    assert "step 6: the loss is not finite" in message and "last.pt holds the last good state" in message
+    held = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    assert held["step"] == 5 and all(v.isfinite().all() for v in held["model"].values())
+
+
+def test_skipped_updates_leave_no_trace(tiny):
+    """A non-finite gradient changes neither weights nor moments, on the device, without a look from the host."""
+    import copy
+    proc, net = runtime.Processes("off"), copy.deepcopy(tiny).train()
+    opt, guard = runtime.adamw(net, 1e-3), runtime.Guard(proc)
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 4]), torch.tensor([0, 1])
+    for step, factor in enumerate((1.0, float("inf"), 1.0)):
+        before = copy.deepcopy((net.state_dict(), opt.state_dict()["state"]))
+        loss = net(x, t, y).square().mean() * factor
+        loss.backward()
+        guard.update(opt, loss, step)
+        same = all(torch.equal(v, before[0][k]) for k, v in net.state_dict().items())
+        assert same == (factor != 1)
+        if factor != 1:
+            assert all(torch.equal(v[k], before[1][i][k]) for i, v in opt.state_dict()["state"].items() for k in v)
+    with pytest.raises(runtime.UserError, match="step 2: the loss"):
+        guard.check("nowhere")
+
+
+def test_output_folder(fails, tmp_path, ckpt):
+    (tmp_path / "file").write_text("")
+    assert "cannot write there" in fails("issd", *quick(ckpt, "file"))
+    assert "cannot write there" in fails("issd", *quick(ckpt, "/proc/nothing"))
+    assert "cannot write" in fails("sample", "--ckpt", ckpt, "--out", "/proc/x.png")
+    assert "must end in .png" in fails("sample", "--ckpt", ckpt, "--out", "x.jpg")
+    assert "--label 10" in fails("sample", "--ckpt", ckpt, "--label", 10)
+    assert "--num" in fails("sample", "--ckpt", ckpt, "--num", 0)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "last.pt").write_bytes(b"damaged")
+    assert "damaged" in fails("issd", *quick(ckpt, "full"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_when_saving(fails, tmp_path, ckpt):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "last.tmp").symlink_to("/dev/full")
+    message = fails("issd", *quick(ckpt))
+    assert "cannot save" in message and "none was saved before" in message and not (tmp_path / "out" / "last.pt").exists()
+
+
+def test_under_torchrun_one_rank_speaks(tmp_path, ckpt):
+    done = torchrun(2, "issd.py", "--ckpt", ckpt, "--batch-size", 9, "--out", tmp_path / "x", check=False)
+    lines = [line for line in done.stderr.splitlines() if "issd.py: error:" in line]
+    assert done.returncode != 0 and len(lines) == 1 and "must be divisible by their number, 2" in lines[0]
+    assert "Traceback" not in done.stderr.split("issd.py: error:")[0]

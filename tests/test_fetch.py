@@ -1,0 +1,110 @@
+"""Downloads against a server on this machine: whole, truncated, wrong, absent, continued."""
+import http.server
+import threading
+
+import pytest
+import torch
+from conftest import checkpoint, script
+
+import runtime
+from runtime import UserError, fetch
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    body, cut, ranges = b"", None, True
+
+    def do_GET(self):
+        begin = int(self.headers.get("Range", "bytes=0-")[6:-1]) if self.ranges else 0
+        Server.seen.append(begin)
+        self.send_response(206 if begin else 200)
+        self.send_header("Content-Length", str(len(self.body) - begin if not (begin == 0 and False) else 0))
+        self.end_headers()
+        end = min(len(self.body), Server.cut) if Server.cut else len(self.body)
+        self.wfile.write(self.body[begin:end])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    Server.seen, Server.cut, Server.ranges = [], None, True
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_address[1]}/x.pt"
+    httpd.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(runtime.time, "sleep", lambda _: None)
+
+
+def accept(path):
+    pass
+
+
+def names(folder):
+    return sorted(f.name for f in folder.iterdir()) if folder.exists() else []
+
+
+def test_whole_file_once(server, tmp_path):
+    Server.body = b"a" * 100_000
+    path = fetch(server, tmp_path, accept)
+    assert path.read_bytes() == Server.body and names(tmp_path) == ["x.pt", "x.pt.sha256"]
+    asked = len(Server.seen)
+    assert fetch(server, tmp_path, accept) == path and len(Server.seen) == asked
+
+
+def test_truncated_is_no_file_and_continues_in_the_next_run(server, tmp_path):
+    Server.body, Server.cut = bytes(range(256)) * 40, 6000
+    with pytest.raises(UserError, match="6,000 of 10,240 bytes.*the same command continues"):
+        fetch(server, tmp_path, accept)
+    assert [n.endswith(".part") for n in names(tmp_path)] == [True]
+    Server.cut, Server.seen = None, []
+    assert fetch(server, tmp_path, accept).read_bytes() == Server.body
+    assert 6000 in Server.seen and names(tmp_path) == ["x.pt", "x.pt.sha256"]
+
+
+def test_a_server_that_cannot_continue_begins_again(server, tmp_path):
+    Server.body, Server.cut, Server.ranges = bytes(range(256)) * 40, 6000, False
+    with pytest.raises(UserError):
+        fetch(server, tmp_path, accept)
+    Server.cut = None
+    assert fetch(server, tmp_path, accept).read_bytes() == Server.body
+
+
+def test_wrong_contents_and_wrong_hash_are_deleted(server, tmp_path):
+    Server.body = b"<html>not weights</html>"
+    from models import load_model
+    with pytest.raises(UserError, match="does not hold what it should and was deleted"):
+        fetch(server, tmp_path, lambda path: load_model(path, "DiT-XL/2"))
+    assert names(tmp_path) == []
+    with pytest.raises(UserError, match="published is 00"):
+        fetch(server, tmp_path, accept, sha256="00")
+    assert names(tmp_path) == []
+
+
+def test_no_server_and_file_urls(tmp_path):
+    with pytest.raises(UserError, match="nothing was kept"):
+        fetch("http://127.0.0.1:9/x.pt", tmp_path / "c", accept)
+    assert names(tmp_path / "c") == []
+    (tmp_path / "y.bin").write_bytes(b"abc")
+    assert fetch((tmp_path / "y.bin").as_uri(), tmp_path / "c", accept).read_bytes() == b"abc"
+    with pytest.raises(UserError):
+        fetch((tmp_path / "missing.bin").as_uri(), tmp_path / "c", accept)
+
+
+def test_the_command_fetches_its_base_model(server, tmp_path, tiny):
+    import io
+    buffer = io.BytesIO()
+    torch.save(checkpoint(tiny), buffer)
+    Server.body = buffer.getvalue()
+    run = lambda **kw: script("issd.py", "--ckpt", server, "--steps", 2, "--batch-size", 4, "--eval-samples", 0, "--out", tmp_path / "out",
+                              env={"MINDISTILL_CACHE": str(tmp_path / "cache")}, **kw)
+    Server.cut = 1000
+    failed = run(check=False)
+    assert failed.returncode == 2 and failed.stderr.count("error:") == 1 and not (tmp_path / "cache" / "x.pt").exists()
+    Server.cut = None
+    run()
+    assert (tmp_path / "cache" / "x.pt").read_bytes() == Server.body and (tmp_path / "out" / "last.pt").exists()
