@@ -145,7 +145,7 @@ def digits():
 def load(name, image_size=256, classes=None):
     """--data NAME: digits, mnist, fashion-mnist, cifar10, a folder of images, or a folder of cached latents.
 
-    classes: overrides the number of classes (at least the largest label + 1). Raises UserError.
+    classes: more classes than the data shows; data without labels has none. Raises UserError.
     """
     if name == "digits":
         data = digits()
@@ -165,12 +165,10 @@ def load(name, image_size=256, classes=None):
     else:
         raise UserError(f"--data {name}: neither a known set (digits, mnist, fashion-mnist, cifar10) nor a folder")
     largest = max((k for _, k in data.files), default=0) if isinstance(data, ImageFolder) else int(np.max(np.asarray(data.y)))
-    if classes is not None:
-        if largest >= classes and not (data.classes == 0):
-            raise UserError(f"--data {name}: label {largest} is out of range for {classes} classes (0..{classes - 1})")
-        data.classes = classes
-    elif data.classes and largest >= data.classes:
-        raise UserError(f"--data {name}: label {largest} is out of range for {data.classes} classes")
+    if data.classes:
+        data.classes = classes or data.classes
+        if largest >= data.classes:
+            raise UserError(f"--data {name}: label {largest} is out of range for {data.classes} classes (0..{data.classes - 1})")
     return data
 
 
@@ -182,6 +180,11 @@ def check_fits(data, info):
         raise UserError(f"--data {data.name} has shape {tuple(data.shape)}, the network wants {want}")
     if data.classes > info["classes"]:
         raise UserError(f"--data {data.name} has {data.classes} classes, the network knows {info['classes']}")
+    if data.classes == 0:  # no labels: each is the network's null label
+        if isinstance(data, ImageFolder):
+            data.files = [(f, info["classes"]) for f, _ in data.files]
+        else:
+            data.y = np.full(len(data), info["classes"])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -210,7 +213,7 @@ def batches(data, proc, seed, batch, start):
     if data.workers == 0:
         for step, (rows, flips) in zip(itertools.count(start), plan()):
             yield data.rows(torch.tensor(rows, device=proc.device), flips.to(proc.device), StepRandom(proc, seed, step, batch))
-    loader = DataLoader(data, batch_sampler=([*zip(r, f.tolist())] for r, f in plan()), num_workers=data.workers,
+    loader = DataLoader(data, batch_sampler=([*zip(r, f.tolist())] for r, f in plan()), num_workers=min(data.workers, os.cpu_count()),
                         pin_memory=proc.device.type == "cuda", worker_init_fn=lambda _: torch.set_num_threads(1))
     items = iter(loader)
     for step in itertools.count(start):

@@ -165,24 +165,24 @@ def report(args, proc):
 
 def plan(args, info, proc):
     """What --dry-run prints: the run in numbers, from the tables below and the shape of the network."""
-    arch = info["arch"]
+    arch, GiB = info["arch"], 2 ** 30
     params, flops = models.count(arch)
     units = 6 if args.reading == "literal" else 5  # forwards of an iteration; the backward counts as two
     rows = args.batch_size // proc.world
     tokens = (arch["input_size"] // arch["patch_size"]) ** 2 * arch["hidden_size"] * arch["depth"] * rows
     half = proc.bf16 or info["scale"] is not None  # the plan of a latent model speaks of a GPU, also when it is made without one
     fixed, moving = params * (16 + (2 if half else 4)), tokens * ((48 if half else 80) + 4)  # bytes; see below
-    lines = [f"iSSD of {info['model']}, {params / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOP a forward and sample",
+    lines = [f"iSSD of {info['name']}, {params / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOP a forward and sample",
              f"sampling     {args.nfe} steps, grid {args.grid}, guidance {args.cfg:g}",
              f"training     lam {args.lam}, reading {args.reading}, lr {args.lr:g}, batch {args.batch_size} ({proc.world} x {rows}), {args.steps:,} steps",
              f"data         {args.data}"]
     if args.data.startswith("synthetic:"):
         steps = int(args.data[10:]) * (1 if args.cfg == 1 else 2)
         lines[-1] += (f": {args.pool:,} samples of the base model, made first, {steps} forwards each, {args.pool * steps * flops:.3g} FLOP, "
-                      f"{args.pool * 2 * arch['in_channels'] * arch['input_size'] ** 2 / 2 ** 30:.2g} GiB on disk")
+                      f"{args.pool * 2 * arch['in_channels'] * arch['input_size'] ** 2 / GiB:.2g} GiB on disk")
     lines += [f"cost         {units} forward units a step: {units * args.batch_size * flops:.3g} FLOP a step, {args.steps * units * args.batch_size * flops:.3g} FLOP in all",
-              f"memory       about {(fixed + moving) / 2 ** 30:.1f} GiB a process: weights, gradients, Adam, teacher {fixed / 2 ** 30:.1f}, activations and stored features {moving / 2 ** 30:.1f}",
-              f"checkpoint   {args.out}/last.pt, {params * 12 / 2 ** 30:.2g} GiB, every {args.save_every} steps"]
+              f"memory       about {(fixed + moving) / GiB:.3g} GiB a process: weights, gradients, Adam, teacher {fixed / GiB:.3g}; activations, stored features {moving / GiB:.3g}",
+              f"checkpoint   {args.out}/last.pt, {params * 12 / GiB:.2g} GiB, every {args.save_every} steps"]
     return "\n".join(lines)  # activations: 48 bytes a token, channel and block under bf16 (80 in float32), counted with saved_tensors_hooks
 
 

@@ -8,20 +8,27 @@ Two differences from upstream. Labels are dropped by the training script and not
 that every forward of one iteration sees the same label. And the network can be watched or edited:
 `forward(x, t, y, tap)` passes every block's output, and the network's output, through `tap(l, h) -> h`.
 """
+import hashlib
 import json
+import os
 import re
 import struct
+import time
+import urllib.error
+import urllib.request
 import zipfile
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from runtime import UserError, fetch
+from runtime import UserError, write_text
 
 # ---------------------------------------------------------------------------------------------------
 # DiT
@@ -232,6 +239,15 @@ def fill_random(net, std=0.02, seed=0):
     return net
 
 
+def count(arch):
+    """(parameters, floating-point operations of one forward of one sample), counted on the meta device; 2 per multiply-add."""
+    with torch.device("meta"):
+        net, x = build(arch), torch.empty(1, arch["in_channels"], arch["input_size"], arch["input_size"])
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(x, torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
+
+
 # ---------------------------------------------------------------------------------------------------
 # Weights
 # ---------------------------------------------------------------------------------------------------
@@ -343,6 +359,89 @@ def load_model(path, name=None, image_size=256):
     return load_weights(net.to_empty(device="cpu"), ckpt, path).eval(), info
 
 
+# ---------------------------------------------------------------------------------------------------
+# Downloads
+# ---------------------------------------------------------------------------------------------------
+
+
+def fetch(url, folder, check, sha256=None, tries=3):
+    """Download url into folder once; returns the path. Local rank 0 works, the others wait for it.
+
+    The file grows under a temporary name and continues where it broke off (within `tries`, and in the next run).
+    It takes its name only when it has its full length, the published `sha256` where there is one, and check(path)
+    raises no UserError; the hash is recorded beside it. Raises UserError, leaving no file of that name.
+    """
+    path = Path(folder) / url.rsplit("/", 1)[-1]
+    if path.exists():
+        return path
+    error = None
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = _download(url, path, tries)
+            digest = hashlib.sha256()
+            with open(part, "rb") as f:
+                while block := f.read(1 << 22):
+                    digest.update(block)
+            try:
+                if sha256 and digest.hexdigest() != sha256:
+                    raise UserError(f"sha256 is {digest.hexdigest()}, published is {sha256}")
+                check(part)
+            except UserError as e:
+                part.unlink()
+                raise UserError(f"{url} does not hold what it should and was deleted ({e})")
+            write_text(path.with_name(path.name + ".sha256"), f"{digest.hexdigest()}  {path.name}\n")
+            os.replace(part, path)
+        except OSError as e:
+            error = UserError(f"cannot fetch {url} into {path.parent}: {e.strerror or e}; free some space, or download it yourself and give --ckpt PATH")
+        except UserError as e:
+            error = e
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, str(error) if error else None)
+        error = error or next((UserError(e) for e in errors if e), None)
+    if error:
+        raise error
+    return path
+
+
+def _download(url, path, tries):
+    for attempt in range(tries):
+        try:
+            return _download_once(url, path)
+        except (urllib.error.URLError, ConnectionError, TimeoutError) as e:
+            reason = getattr(e, "reason", e)
+            if isinstance(e, urllib.error.HTTPError) and e.code < 500:
+                break
+            time.sleep(attempt)
+    kept = next(iter(path.parent.glob(path.name + ".*.part")), None)
+    kept = f"{kept.stat().st_size:,} bytes are kept in {kept}, the same command continues" if kept else "nothing was kept"
+    raise UserError(f"cannot fetch {url}: {reason} ({kept}); check the connection, or download it yourself and give --ckpt PATH")
+
+
+def _download_once(url, path):
+    with urllib.request.urlopen(urllib.request.Request(url), timeout=60) as response:
+        length = int(response.headers.get("Content-Length") or 0)
+        version = hashlib.sha256(f"{url} {length} {response.headers.get('ETag')} {response.headers.get('Last-Modified')}".encode()).hexdigest()[:8]
+    part = path.with_name(f"{path.name}.{version}.part")  # another version of the file gets another name
+    for old in path.parent.glob(path.name + ".*.part"):
+        if old != part:
+            old.unlink()
+    have = part.stat().st_size if part.exists() else 0
+    if not length or have < length:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            if have and getattr(response, "status", None) != 206:  # this server cannot continue
+                have = 0
+            with open(part, "ab" if have else "wb") as f, tqdm(total=length or None, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := response.read(1 << 20):
+                    f.write(block)
+                    bar.update(len(block))
+    if length and part.stat().st_size != length:
+        raise ConnectionError(f"connection closed after {part.stat().st_size:,} of {length:,} bytes")
+    return part
+
+
 def upstream_checkpoint(name, image_size, folder):
     """Fetch the released weights of `name` once into `folder`; returns their path."""
     url = UPSTREAM.get((name, image_size))
@@ -350,12 +449,3 @@ def upstream_checkpoint(name, image_size, folder):
         known = ", ".join(f"{n} at {r}" for n, r in UPSTREAM)
         raise UserError(f"no released weights for {name} at {image_size} (there are: {known}); give --ckpt PATH, or train it with train.py")
     return fetch(url, folder, check=lambda path: load_model(path, name, image_size))
-
-
-def count(arch):
-    """(parameters, floating-point operations of one forward of one sample), counted on the meta device; 2 per multiply-add."""
-    with torch.device("meta"):
-        net, x = build(arch), torch.empty(1, arch["in_channels"], arch["input_size"], arch["input_size"])
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(x, torch.zeros(1), torch.zeros(1, dtype=torch.long))
-    return sum(p.numel() for p in net.parameters()), counter.get_total_flops()

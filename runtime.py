@@ -1,18 +1,15 @@
 """What a training script needs around its mathematics: processes, precision, randomness, averages,
-checkpoints and resume, downloads, progress and logs. Nothing here comes from a paper.
+checkpoints and resume, progress and logs. Nothing here comes from a paper.
 
 The same script runs as `python x.py` (one process, CPU or GPU) and under `torchrun` (gloo on CPU, nccl on GPU).
 """
 import argparse
-import hashlib
 import json
 import math
 import os
 import signal
 import sys
 import time
-import urllib.error
-import urllib.request
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -52,7 +49,7 @@ def common_arguments(p, out):
     p.add_argument("--compile", action="store_true", help="torch.compile each block (repays itself on long GPU runs)")
     p.add_argument("--log-every", type=int, metavar="STEPS")
     p.add_argument("--save-every", type=int, metavar="STEPS")
-    p.add_argument("--dry-run", action="store_true", help="print the plan and exit; reads no weights and no data")
+    p.add_argument("--dry-run", action="store_true", help="print the plan and exit")
 
 
 def check_positive(args, *names):
@@ -373,89 +370,6 @@ def stopped(args, proc, step):
     if proc.main:
         print(f"stopped by a signal after step {step}, saved; the same command continues", file=sys.stderr, flush=True)
     sys.exit(143)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Downloads
-# ---------------------------------------------------------------------------------------------------
-
-
-def fetch(url, folder, check, sha256=None, tries=3):
-    """Download url into folder once; returns the path. Local rank 0 works, the others wait for it.
-
-    The file grows under a temporary name and continues where it broke off (within `tries`, and in the next run).
-    It takes its name only when it has its full length, the published `sha256` where there is one, and check(path)
-    raises no UserError; the hash is recorded beside it. Raises UserError, leaving no file of that name.
-    """
-    path = Path(folder) / url.rsplit("/", 1)[-1]
-    if path.exists():
-        return path
-    error = None
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = _download(url, path, tries)
-            digest = hashlib.sha256()
-            with open(part, "rb") as f:
-                while block := f.read(1 << 22):
-                    digest.update(block)
-            try:
-                if sha256 and digest.hexdigest() != sha256:
-                    raise UserError(f"sha256 is {digest.hexdigest()}, published is {sha256}")
-                check(part)
-            except UserError as e:
-                part.unlink()
-                raise UserError(f"{url} does not hold what it should and was deleted ({e})")
-            write_text(path.with_name(path.name + ".sha256"), f"{digest.hexdigest()}  {path.name}\n")
-            os.replace(part, path)
-        except OSError as e:
-            error = UserError(f"cannot fetch {url} into {path.parent}: {e.strerror or e}; free some space, or download it yourself and give --ckpt PATH")
-        except UserError as e:
-            error = e
-    if dist.is_initialized():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, str(error) if error else None)
-        error = error or next((UserError(e) for e in errors if e), None)
-    if error:
-        raise error
-    return path
-
-
-def _download(url, path, tries):
-    for attempt in range(tries):
-        try:
-            return _download_once(url, path)
-        except (urllib.error.URLError, ConnectionError, TimeoutError) as e:
-            reason = getattr(e, "reason", e)
-            if isinstance(e, urllib.error.HTTPError) and e.code < 500:
-                break
-            time.sleep(attempt)
-    kept = next(iter(path.parent.glob(path.name + ".*.part")), None)
-    kept = f"{kept.stat().st_size:,} bytes are kept in {kept}, the same command continues" if kept else "nothing was kept"
-    raise UserError(f"cannot fetch {url}: {reason} ({kept}); check the connection, or download it yourself and give --ckpt PATH")
-
-
-def _download_once(url, path):
-    with urllib.request.urlopen(urllib.request.Request(url), timeout=60) as response:
-        length = int(response.headers.get("Content-Length") or 0)
-        version = hashlib.sha256(f"{url} {length} {response.headers.get('ETag')} {response.headers.get('Last-Modified')}".encode()).hexdigest()[:8]
-    part = path.with_name(f"{path.name}.{version}.part")  # another version of the file gets another name
-    for old in path.parent.glob(path.name + ".*.part"):
-        if old != part:
-            old.unlink()
-    have = part.stat().st_size if part.exists() else 0
-    if not length or have < length:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            if have and getattr(response, "status", None) != 206:  # this server cannot continue
-                have = 0
-            with open(part, "ab" if have else "wb") as f, tqdm(total=length or None, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
-                while block := response.read(1 << 20):
-                    f.write(block)
-                    bar.update(len(block))
-    if length and part.stat().st_size != length:
-        raise ConnectionError(f"connection closed after {part.stat().st_size:,} of {length:,} bytes")
-    return part
 
 
 # ---------------------------------------------------------------------------------------------------

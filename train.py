@@ -22,7 +22,7 @@ import torch
 import data
 import models
 import runtime
-from runtime import EMA, Guard, Log, Processes, Stop, StepRandom, UserError
+from runtime import EMA, Guard, Log, Processes, StepRandom, Stop, UserError, say
 from solvers import add_noise, column, from_x0_eps, make_schedule, to_x0_eps
 
 # ---- Method -------------------------------------------------------------------------------------------
@@ -70,25 +70,33 @@ def main(args):
     fill_defaults(args)
     proc = Processes(args.amp)
     proc.check_batch(args.batch_size)
-    schedule = make_schedule(args.schedule).to(proc.device)
-    if schedule.continuous != (args.prediction == "velocity"):
-        raise UserError("--prediction velocity goes with --schedule interpolant, and only with it")
 
     # Setup data and network:
     dataset = data.load(args.data, args.image_size, args.classes)
     if args.ckpt:
-        net, info = models.load_model(args.ckpt, args.model, args.image_size)
+        info = models.describe(args.ckpt, args.model, args.image_size)
         data.check_fits(dataset, info)
     else:
         latent = dataset.scale is not None
+        arch = models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes, learn_sigma=latent)
+        info = dict(name=args.model, arch=arch, classes=dataset.classes, prediction="eps", schedule="linear", scale=dataset.scale, grid=None, nfe=None,
+                    cfg=1.5 if latent else 1.0)
+    info.update(method="train", prediction=args.prediction or info["prediction"], schedule=args.schedule or info["schedule"])
+    schedule = make_schedule(info["schedule"]).to(proc.device)
+    if schedule.continuous != (info["prediction"] == "velocity"):
+        raise UserError("--prediction velocity goes with --schedule interpolant, and only with it")
+    if args.dry_run:
+        params, flops = models.count(info["arch"])
+        return say(proc, f"{info['prediction']} training of {info['name']}, {params / 1e6:.1f}M parameters, on {args.data}: {args.steps:,} steps of batch "
+                         f"{args.batch_size}, lr {args.lr:g}, EMA {args.ema}; 3 forward units a step, {3 * args.batch_size * flops:.3g} FLOP")
+    if args.ckpt:
+        net, _ = models.load_model(args.ckpt, args.model, args.image_size)
+    else:
         torch.manual_seed(args.seed)
-        net = models.build(models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes, learn_sigma=latent))
+        net = models.build(info["arch"])
         torch.nn.init.normal_(net.y_embedder.embedding_table.weight, std=args.label_std)
-        info = dict(name=args.model, prediction=args.prediction, schedule=args.schedule, scale=dataset.scale, classes=dataset.classes, grid=None, nfe=None,
-                    cfg=1.5 if latent else 1.0, arch=net.arch)
-    info = {**info, "method": "train", "prediction": args.prediction, "schedule": args.schedule}
     ema = EMA(net.to(proc.device), args.ema)
-    student = proc.student(net, args.compile)  # important! EMA is copied before DDP and compile touch the network
+    student = proc.student(net, args.compile)
     opt = runtime.adamw(net, args.lr)
 
     # Resume:
@@ -126,7 +134,8 @@ def main(args):
             runtime.stopped(args, proc, done)
     log.close()
     stop.restore()
-    proc.barrier()
+    proc.barrier()  # the others read what rank 0 has written
+    say(proc, f"{args.out}/last.pt is ready")
     return Path(args.out) / "last.pt"
 
 
@@ -137,11 +146,9 @@ def learning_rate(step, args):
     return 1.0 if args.decay == "constant" else 0.5 + 0.5 * math.cos(math.pi * (step - args.warmup) / max(args.steps - args.warmup, 1))
 
 
-def teacher(out, **changes):
-    """The checkpoint that `python train.py --out OUT` makes, made now unless it is there. Other scripts call this."""
-    args = parser().parse_args(["--out", str(out)])
-    vars(args).update(changes)
-    return main(args)
+def teacher(out, seed=0):
+    """The checkpoint that `python train.py --out OUT --seed SEED` makes, made now unless it is there. Other scripts call this."""
+    return main(parser().parse_args(["--out", str(out), "--seed", str(seed)]))
 
 
 def continued(args, source):
@@ -160,7 +167,7 @@ def describe_base(args):
         return dict(name="DiT-Ti/2", arch=arch, classes=10, scale=None, prediction="eps", schedule="linear", grid=None, nfe=None, cfg=1.0, method="train")
     remote = args.ckpt is None or "://" in args.ckpt
     if remote and args.ckpt and not args.dry_run:
-        args.ckpt = str(runtime.fetch(args.ckpt, runtime.CACHE, check=lambda path: models.load_model(path, args.model, args.image_size)))
+        args.ckpt = str(models.fetch(args.ckpt, runtime.CACHE, check=lambda path: models.load_model(path, args.model, args.image_size)))
         remote = False
     return models.describe(None if remote else args.ckpt, args.model, args.image_size)
 
@@ -168,7 +175,7 @@ def describe_base(args):
 def base_model(args):
     """The network a method starts from -> (network, info): fetched, or trained here, if it is not there yet. Puts its path into args.ckpt."""
     if args.ckpt is None and args.model is None:
-        args.ckpt = str(teacher("runs/teacher-digits", amp=args.amp))
+        args.ckpt = str(teacher("runs/teacher-digits"))
     elif args.ckpt is None:
         args.ckpt = str(models.upstream_checkpoint(args.model, args.image_size, runtime.CACHE))
     net, info = models.load_model(args.ckpt, args.model, args.image_size)
@@ -199,8 +206,8 @@ def parser():
     p.add_argument("--data", default="digits", help="digits, mnist, fashion-mnist, cifar10, a folder of images or of cached latents")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
     p.add_argument("--image-size", type=int, default=256, help="of image folders and upstream checkpoints")
-    p.add_argument("--prediction", choices=["eps", "x0", "v", "velocity"], default="eps")
-    p.add_argument("--schedule", choices=["linear", "cosine", "ldm", "sd", "interpolant"], default="linear")
+    p.add_argument("--prediction", choices=["eps", "x0", "v", "velocity"], help="default eps, or what --ckpt predicts")
+    p.add_argument("--schedule", choices=["linear", "cosine", "ldm", "sd", "interpolant"], help="default linear, or that of --ckpt")
     p.add_argument("--steps", type=int)
     p.add_argument("--batch-size", type=int, help="of all processes together")
     p.add_argument("--lr", type=float)
@@ -213,6 +220,4 @@ def parser():
 
 
 if __name__ == "__main__":
-    args = parser().parse_args()
-    runtime.run(main, args)
-    print(f"{Path(args.out) / 'last.pt'} is ready")
+    runtime.run(main, parser().parse_args())

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import checkpoint, script
 
-import runtime
-from runtime import UserError, fetch
+import models
+from models import fetch
+from runtime import UserError
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -37,7 +38,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(runtime.time, "sleep", lambda _: None)
+    monkeypatch.setattr(models.time, "sleep", lambda _: None)
 
 
 def accept(path):

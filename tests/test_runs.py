@@ -120,3 +120,21 @@ def test_the_main_job_in_small(tmp_path):
     assert Image.open(tmp_path / "runs" / "samples.png").size == (20 * 8 * 4, (2 * 2 * 8 + 1) * 4)
     assert (tmp_path / "runs" / "teacher-digits" / "last.pt").exists()
     assert metrics["after"] != metrics["before"] != metrics["controls"]["continued training"]
+
+
+def test_dry_runs_touch_nothing(tmp_path):
+    plan = script("issd.py", "--model", "DiT-XL/2", "--nfe", 10, "--dry-run", "--out", tmp_path / "x", env={"MINDISTILL_CACHE": str(tmp_path / "cache")}).stdout
+    for text in ("lam 0.25", "lr 5e-06", "batch 128", "8,007 steps", "237.2 GFLOP", "1.52e+14 FLOP a step", "50,000 samples", "GiB a process"):
+        assert text in plan, plan
+    assert "3 forward units" in script("train.py", "--dry-run", "--out", tmp_path / "x").stdout
+    assert not (tmp_path / "x").exists() and not (tmp_path / "cache").exists()
+
+
+def test_training_objectives_run_and_are_sampled(tmp_path):
+    """v and velocity teachers from the command line; sample.py follows what the file says."""
+    for prediction, schedule in (("v", "cosine"), ("velocity", "interpolant")):
+        out = tmp_path / prediction
+        script("train.py", "--prediction", prediction, "--schedule", schedule, "--steps", 12, "--batch-size", 8, "--log-every", 4, "--out", out)
+        assert losses(out)[-1] < losses(out)[0]
+        script("sample.py", "--ckpt", out / "last.pt", "--compare", out / "last.pt", "--nfe", 5, "--out", out / "x.png")
+        assert (out / "x.png").exists()
