@@ -193,7 +193,9 @@ def first_to_speak():
 
 
 def generator(device, *key):
-    """A torch.Generator whose stream depends on the integers `key` alone, such as (seed, step)."""
+    """A torch.Generator whose stream depends on the integers `key` >= 0 alone, such as (seed, step)."""
+    if min(key) < 0:
+        raise UserError(f"--seed {key[0]}: must not be negative")
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 

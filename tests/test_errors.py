@@ -55,6 +55,7 @@ def test_arguments(fails, ckpt):
     assert "only the digits have a feature network" in fails("issd", "--model", "DiT-S/2", "--eval-samples", 10, "--dry-run")
     assert "goes with --schedule interpolant" in fails("train", "--prediction", "velocity")
     assert "no released weights for DiT-S/2" in fails("issd", "--model", "DiT-S/2")
+    assert "must not be negative" in fails("sample", "--ckpt", ckpt, "--seed", -1)
     assert not os.path.exists("out")
 
 
