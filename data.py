@@ -15,8 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from runtime import CACHE, StepRandom, UserError, generator, write_text
-from solvers import guide, make_grid, make_schedule, sample
+from runtime import CACHE, StepRandom, UserError, generator, local_first, write_text
+from solvers import guide, make_schedule, sample, schedule_grid
 
 ASSETS = Path(__file__).parent / "assets"
 CHUNK = 250  # samples are drawn in chunks of this many, each from its own seed: the same on any number of processes
@@ -43,7 +43,7 @@ class Pixels:
         if self.x.device != rng.g.device:
             self.x, self.y = self.x.to(rng.g.device), self.y.to(rng.g.device)
         x = to_float(self.x[index])
-        return (torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x) if self.flip else x), self.y[index]
+        return (torch.where(flip.bool().view(-1, 1, 1, 1), x.flip(-1), x) if self.flip else x), self.y[index]
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -93,11 +93,12 @@ class Latents(torch.utils.data.Dataset):
         try:
             self.x, self.y = np.load(root / "latents.npy", mmap_mode="r"), np.load(root / "labels.npy")
             meta = json.loads((root / "meta.json").read_text())
-        except (OSError, ValueError) as e:
+            self.classes, self.scale = meta["classes"], meta["scale"]
+        except (OSError, ValueError, KeyError) as e:
             raise UserError(f"--data {root}: cannot be read ({e}); make it again")
         if self.x.ndim != 6 or len(self.x) != len(self.y) or len(self.y) == 0:
             raise UserError(f"--data {root}: latents.npy is {self.x.shape}, labels.npy {self.y.shape}; want (N, F, S, C, H, W) and (N,)")
-        self.classes, self.scale, self.shape = meta["classes"], meta["scale"], self.x.shape[3:]
+        self.shape = self.x.shape[3:]
 
     def __len__(self):
         return len(self.x)
@@ -153,7 +154,7 @@ def load(name, image_size=256, classes=None):
         import torchvision
         kind = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
         try:
-            raw = getattr(torchvision.datasets, kind)(CACHE / "data", train=True, download=True)
+            raw = local_first(lambda: getattr(torchvision.datasets, kind)(CACHE / "data", train=True, download=True))
         except Exception as e:  # urllib's, torchvision's own RuntimeError, zipfile's, ...
             raise UserError(f"--data {name}: torchvision cannot fetch it into {CACHE / 'data'} ({e}); put its files there yourself")
         x = np.asarray(raw.data)
@@ -164,11 +165,12 @@ def load(name, image_size=256, classes=None):
         data = ImageFolder(name, image_size)
     else:
         raise UserError(f"--data {name}: neither a known set (digits, mnist, fashion-mnist, cifar10) nor a folder")
-    largest = max((k for _, k in data.files), default=0) if isinstance(data, ImageFolder) else int(np.max(np.asarray(data.y)))
+    labels = np.asarray([k for _, k in data.files] if isinstance(data, ImageFolder) else data.y)
     if data.classes:
         data.classes = classes or data.classes
-        if largest >= data.classes:
-            raise UserError(f"--data {name}: label {largest} is out of range for {data.classes} classes (0..{data.classes - 1})")
+        for label in (labels.min(), labels.max()):
+            if not 0 <= label < data.classes:
+                raise UserError(f"--data {name}: label {label} is out of range for {data.classes} classes (0..{data.classes - 1})")
     return data
 
 
@@ -214,7 +216,7 @@ def batches(data, proc, seed, batch, start):
         for step, (rows, flips) in zip(itertools.count(start), plan()):
             yield data.rows(torch.tensor(rows, device=proc.device), flips.to(proc.device), StepRandom(proc, seed, step, batch))
     loader = DataLoader(data, batch_sampler=([*zip(r, f.tolist())] for r, f in plan()), num_workers=min(data.workers, os.cpu_count()),
-                        pin_memory=proc.device.type == "cuda", worker_init_fn=lambda _: torch.set_num_threads(1))
+                        pin_memory=proc.device.type == "cuda", worker_init_fn=one_thread)
     items = iter(loader)
     for step in itertools.count(start):
         try:
@@ -223,6 +225,10 @@ def batches(data, proc, seed, batch, start):
             raise UserError(str(e).strip().splitlines()[-1].split("UserError: ")[-1])
         x, y = x.to(proc.device, non_blocking=True), y.to(proc.device, non_blocking=True)
         yield data.finish((x, y), StepRandom(proc, (seed << 8) + 1, step, batch))
+
+
+def one_thread(worker):
+    torch.set_num_threads(1)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -237,8 +243,8 @@ def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, label=None, to
     label: all of this class. todo(chunk) -> bool: skip chunks that are already there.
     """
     schedule = make_schedule(info["schedule"]).to(proc.device)
-    grid = info["grid"] if nfe is None or nfe == info["nfe"] else None
-    grid = grid or make_grid("sit" if schedule.continuous else "dit", nfe or info["nfe"] or 50, schedule.T)
+    nfe = (info["nfe"] or 50) if nfe is None else nfe
+    grid = info["grid"] if info["grid"] and nfe == info["nfe"] else schedule_grid(schedule, None, nfe)
     guided = guide(net, info["cfg"] if cfg is None else cfg)
     chunks = [c for c in range((num + CHUNK - 1) // CHUNK) if c % proc.world == proc.rank and (todo is None or todo(c))]
     arch, K = info["arch"], info["classes"]
@@ -260,12 +266,12 @@ def sample_images(net, info, proc, num, seed, nfe=None, cfg=None, desc="sampling
 def synthetic(net, info, proc, folder, num, seed, nfe=10, cfg=1.5):
     """A pool of `num` samples of the model itself (Table 8 of the SSD paper), as cached latents; returns its folder.
 
-    Made once: chunks are written as they are done, by all ranks, and a broken run continues. The folder's name tells the
-    weights (by their hash) and the settings.
+    Made once: chunks are written as they are done, by all ranks into one (shared) folder, and a broken run continues. The folder's
+    name tells the weights (by their fingerprint) and the settings.
     """
     folder = Path(folder) / f"synthetic-{fingerprint(net)}-{nfe}steps-cfg{cfg:g}-seed{seed}-{num}"
     chunk_file = lambda c: folder / f"chunk-{c:06d}.npz"
-    if not (folder / "meta.json").exists():
+    if proc.any(not (folder / "meta.json").exists()):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for first, x, y in sample_chunks(net, info, proc, num, seed, nfe, cfg, todo=lambda c: not chunk_file(c).exists(), desc="synthetic data"):
@@ -288,7 +294,7 @@ def synthetic(net, info, proc, folder, num, seed, nfe=10, cfg=1.5):
                 for file in files:
                     file.unlink()
         except OSError as e:
-            raise UserError(f"cannot write the synthetic data into {folder} ({e.strerror or e}); free some space and repeat the command")
+            raise UserError(f"cannot write the synthetic data into {folder} ({e}); free some space, see that all machines share this folder, and repeat the command")
         proc.barrier()
     return folder
 
@@ -299,24 +305,17 @@ def net_shape(info):
 
 
 def fingerprint(net):
-    """Eight hexadecimal digits that depend on the weights."""
+    """Eight hexadecimal digits that depend on every weight."""
     total = sum(float(p.detach().double().abs().sum()) * (1 + i % 7) for i, p in enumerate(getattr(net, "net", net).parameters()))
     return np.float64(total).tobytes()[::-1].hex()[4:12]
 
 
 def save_grid(blocks, path, columns=20):
     """Blocks of images, each (n, C, H, W) uint8 -> one PNG with the blocks one below the other; small images enlarged."""
-    H, W = blocks[0].shape[2:]
-    zoom, bands = max(1, 32 // H), []
-    for images in blocks:
-        n, C = images.shape[:2]
-        rows = -(-n // columns)
-        canvas = np.zeros((rows * columns, C, H, W), np.uint8)
-        canvas[:n] = images
-        canvas = canvas.reshape(rows, columns, C, H, W).transpose(0, 3, 1, 4, 2).reshape(rows * H, columns * W, C)
-        bands += [canvas, np.full((1, columns * W, C), 255, np.uint8)]
-    canvas = np.concatenate(bands[:-1])
-    image = Image.fromarray(canvas[..., 0] if canvas.shape[2] == 1 else canvas)
-    temporary = Path(path).with_suffix(".tmp")
+    from torchvision.utils import make_grid as tile
+    bands = [tile(torch.as_tensor(images), nrow=columns, padding=0) for images in blocks]     # (3, rows * H, columns * W)
+    line = torch.full((3, 1, bands[0].shape[2]), 255, dtype=torch.uint8)
+    image = Image.fromarray(torch.cat([part for band in bands for part in (line, band)][1:], 1).permute(1, 2, 0).numpy())
+    zoom, temporary = max(1, 32 // blocks[0].shape[2]), Path(path).with_suffix(".tmp")
     image.resize((image.width * zoom, image.height * zoom), Image.NEAREST).save(temporary, "PNG")
     os.replace(temporary, path)

@@ -21,7 +21,7 @@ from runtime import UserError
 
 
 class Statistics:
-    """Streamed mean and unbiased covariance of features in float64; partial sums of several processes add up."""
+    """Streamed mean and unbiased covariance of features in float64."""
 
     def __init__(self, dim, device="cpu"):
         self.count = torch.zeros((), dtype=torch.float64, device=device)
@@ -36,11 +36,8 @@ class Statistics:
         self.outer += f.T @ f
         return self
 
-    def result(self, proc=None):
-        """mean (dim,), covariance (dim, dim), over the updates of all ranks. Raises UserError below 2 samples."""
-        if proc:
-            for t in (self.count, self.total, self.outer):
-                proc.sum(t)
+    def result(self):
+        """mean (dim,), covariance (dim, dim). Raises UserError below 2 samples."""
         if self.count < 2:
             raise UserError(f"a covariance needs at least 2 images, there are {int(self.count)}")
         mean = self.total / self.count
@@ -107,6 +104,8 @@ def evaluate(images, labels, features="digits-cnn"):
     "pixel_fd": Frechet distance of pixels in [-1, 1]}. One network can be fooled, hence the other two.
     """
     net, real = load_features(features), digits()
+    if len(images) <= net.dim:
+        print(f"warning: {len(images)} images for {net.dim} features: the covariance is singular, the distance says little")
     fake, real = to_float(torch.as_tensor(images)), to_float(real.x)
     f_fake, logits = net(fake)
     distance = lambda a, b: frechet_distance(*Statistics(a.shape[1]).update(a).result(), *Statistics(b.shape[1]).update(b).result())

@@ -35,7 +35,7 @@ import models
 import runtime
 import train
 from runtime import Guard, Log, Processes, StepRandom, Stop, UserError, say
-from solvers import add_noise, ddim_step, make_grid, make_schedule
+from solvers import add_noise, ddim_step, make_schedule, schedule_grid
 
 # ---- Method -------------------------------------------------------------------------------------------
 
@@ -65,7 +65,7 @@ def issd_loss(student, teacher, schedule, x0, y, s, t, noise, lam, reading="teac
     fuse = lambda l, h: torch.lerp(h, features[l], lam)                       # lam f_s + (1 - lam) h  Eq. 6
     eps_student = student(x_t, t, y, tap=fuse)[:, :C]                         # (B, C, H, W)           line 11
     loss = (eps_teacher - eps_student).square().mean()                        #                        Eq. 7
-    return loss, {"step_change": (eps_teacher - eps_s).square().mean()}       # what a lam of 1 would leave of the loss
+    return loss, {"x_s": x_s, "x_t": x_t, "eps_s": eps_s}
 
 
 # ---- Training -----------------------------------------------------------------------------------------
@@ -77,10 +77,10 @@ def main(args):
     fill_defaults(args, info)
     proc.check_batch(args.batch_size)
     schedule = make_schedule(info["schedule"]).to(proc.device)
-    same_grid = info["grid"] and info["nfe"] == args.nfe  # a progressively distilled model keeps the grid it was made for
-    grid = info["grid"] if same_grid else make_grid(args.grid, args.nfe, schedule.T)
+    own_grid = args.grid is None and info["grid"] and info["nfe"] == args.nfe  # a progressively distilled model keeps its grid
+    grid = info["grid"] if own_grid else schedule_grid(schedule, args.grid, args.nfe)
     if args.dry_run:
-        return say(proc, plan(args, info, proc))
+        return say(proc, plan(args, info, proc, grid))
 
     # The base model is the teacher; the student starts as its copy:
     base, info = train.base_model(args)
@@ -96,7 +96,8 @@ def main(args):
         start = state["step"]
         net.load_state_dict(state["model"])
         opt.load_state_dict(state["opt"])
-        if start >= args.steps and (Path(args.out) / "metrics.json").exists():
+        del state
+        if start >= args.steps and measured(args):
             return report(args, proc)
 
     # Setup data; without any, the base model's own samples (the paper's Table 8):
@@ -136,7 +137,7 @@ def main(args):
 
     # Measure before, after and the controls on the same noise and labels:
     metrics = {"method": "issd", "model": args.model, "nfe": args.nfe, "seed": args.seed, "steps": args.steps, "samples": args.eval_samples,
-               "features": "digits-cnn", "reference": "all 1,797 digits", "cfg": args.cfg, "lam": args.lam, "reading": args.reading}
+               "features": None, "reference": None, "cfg": args.cfg, "before": None, "after": None, "controls": {}, "lam": args.lam, "reading": args.reading}
     if args.eval_samples:
         say(proc, f"the control: the ordinary loss for {args.steps} more steps")
         control = proc.mixed(proc.frozen(train.continued(args, source)))
@@ -146,24 +147,30 @@ def main(args):
             "continued training": (control, info, args.nfe, args.cfg),
             "after": (proc.mixed(net.eval()), info, args.nfe, args.cfg),
         }, proc, args.eval_samples, args.seed)
-        metrics.update(before=rows.pop("before"), after=rows.pop("after"), controls=rows)
+        metrics.update(features="digits-cnn", reference="all 1,797 digits", before=rows.pop("before"), after=rows.pop("after"), controls=rows)
         if proc.main:
             data.save_grid([images["before"], images["after"]], Path(args.out) / "samples.png")
     if proc.main:
         metrics["seconds"] = round(time.perf_counter() - began, 1)
         runtime.write_text(Path(args.out) / "metrics.json", json.dumps(metrics, indent=2))
+    proc.barrier()
     report(args, proc)
+
+
+def measured(args):
+    """Has this finished run its metrics.json, with as many samples as asked for now?"""
+    path = Path(args.out) / "metrics.json"
+    return path.exists() and json.loads(path.read_text())["samples"] == args.eval_samples
 
 
 def report(args, proc):
     """Print the table of a finished run."""
-    if proc.main:
-        metrics = json.loads((Path(args.out) / "metrics.json").read_text())
-        print(fid.table(metrics) if metrics["samples"] else "quality is not measured here: sample with sample.py and compare with an evaluator")
-        print(f"{args.out}/last.pt is ready: python sample.py --ckpt {args.out}/last.pt --compare {args.ckpt}")
+    metrics = json.loads((Path(args.out) / "metrics.json").read_text())
+    say(proc, fid.table(metrics) if metrics["samples"] else "quality is not measured here (--eval-samples 0)")
+    say(proc, f"{args.out}/last.pt is ready: python sample.py --ckpt {args.out}/last.pt --num 100 --out samples.npz")
 
 
-def plan(args, info, proc):
+def plan(args, info, proc, grid):
     """What --dry-run prints: the run in numbers, from the tables below and the shape of the network."""
     arch, GiB = info["arch"], 2 ** 30
     params, flops = models.count(arch)
@@ -173,7 +180,7 @@ def plan(args, info, proc):
     half = proc.bf16 or info["scale"] is not None  # the plan of a latent model speaks of a GPU, also when it is made without one
     fixed, moving = params * (16 + (2 if half else 4)), tokens * ((48 if half else 80) + 4)  # bytes; see below
     lines = [f"iSSD of {info['name']}, {params / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOP a forward and sample",
-             f"sampling     {args.nfe} steps, grid {args.grid}, guidance {args.cfg:g}",
+             f"sampling     {args.nfe} steps at t = {', '.join(f'{t:.4g}' for t in grid[:3])}, ..., {grid[-2]:.4g}; guidance {args.cfg:g}",
              f"training     lam {args.lam}, reading {args.reading}, lr {args.lr:g}, batch {args.batch_size} ({proc.world} x {rows}), {args.steps:,} steps",
              f"data         {args.data}"]
     if args.data.startswith("synthetic:"):
@@ -182,7 +189,8 @@ def plan(args, info, proc):
                       f"{args.pool * 2 * arch['in_channels'] * arch['input_size'] ** 2 / GiB:.2g} GiB on disk")
     lines += [f"cost         {units} forward units a step: {units * args.batch_size * flops:.3g} FLOP a step, {args.steps * units * args.batch_size * flops:.3g} FLOP in all",
               f"memory       about {(fixed + moving) / GiB:.3g} GiB a process: weights, gradients, Adam, teacher {fixed / GiB:.3g}; activations, stored features {moving / GiB:.3g}",
-              f"checkpoint   {args.out}/last.pt, {params * 12 / GiB:.2g} GiB, every {args.save_every} steps"]
+              f"checkpoint   {args.out}/last.pt, {params * 12 / GiB:.2g} GiB, every {args.save_every} steps",
+              f"quality      {f'{args.eval_samples:,} samples a row, before, after and two controls' if args.eval_samples else 'not measured'}"]
     return "\n".join(lines)  # activations: 48 bytes a token, channel and block under bf16 (80 in float32), counted with saved_tensors_hooks
 
 
@@ -196,7 +204,7 @@ LAM = {("XL", 256): {50: 0.30, 20: 0.25, 10: 0.25}, ("XL", 512): {50: 0.30, 20: 
 LAM_DISTILLED = {32: 0.20, 10: 0.25, 5: 0.05, 4: 0.05}
 IMAGENET = 1_281_167
 # The digits: chosen by experiments/issd_digits.py.
-DIGITS = dict(lr=5e-5, batch_size=64, steps=100, lam=0.25, data="digits", eval_samples=2000, log_every=25, save_every=50)
+DIGITS = dict(lr=5e-5, batch_size=64, steps=100, lam=0.15, data="digits", eval_samples=2000, log_every=25, save_every=50)
 POOL = 50_000  # synthetic samples; the paper does not say how many it made
 
 
@@ -207,10 +215,12 @@ def fill_defaults(args, info):
         raise UserError(f"--nfe {args.nfe}: iSSD pairs neighbouring steps and needs at least 2")
     args.cfg = info["cfg"] if args.cfg is None else args.cfg
     size, side = info["name"].split("-")[1].split("/")[0], info["arch"]["input_size"] * (8 if info["scale"] else 1)
+    digits = (info["arch"]["in_channels"], side, info["classes"]) == (1, 8, 10)
     nearest = lambda table: table[min(table, key=lambda nfe: abs(nfe - args.nfe))]
-    if size == "Ti":
+    if digits:
         preset = DIGITS
     else:
+        size = "S" if size == "Ti" else size
         lr, batch, epochs = TRAINING.get((size, side)) or TRAINING[size, 256]
         lam = nearest(LAM_DISTILLED if info["method"] == "pd" else LAM.get((size, side)) or LAM[size, 256])
         preset = dict(lr=lr, batch_size=batch, steps=round(epochs * IMAGENET / batch), lam=lam, data="synthetic:10", eval_samples=0, log_every=100, save_every=1000)
@@ -221,9 +231,9 @@ def fill_defaults(args, info):
     runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every")
     if not 0 <= args.lam <= 1:
         raise UserError(f"--lam {args.lam}: must lie between 0 and 1")
-    if args.eval_samples and (info["arch"]["in_channels"], info["arch"]["input_size"]) != (1, 8):
-        raise UserError("--eval-samples: only the digits have a feature network here; leave it out and measure what sample.py writes")
-    if args.data.startswith("synthetic") and not args.data.removeprefix("synthetic:").isdigit():
+    if args.eval_samples and (not digits or args.eval_samples < 2):
+        raise UserError(f"--eval-samples {args.eval_samples}: at least 2, and only for the digits, which alone have a feature network here; else 0")
+    if args.data.startswith("synthetic") and not (args.data[10:].isdigit() and int(args.data[10:])):
         raise UserError(f"--data {args.data}: say how many steps the samples take, as in synthetic:10")
 
 
@@ -235,10 +245,10 @@ def parser():
     p.add_argument("--data", help="digits, mnist, cifar10, ..., a folder of images or cached latents, or synthetic:STEPS")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
     p.add_argument("--nfe", type=int, help="sampling steps, in training and afterwards (default 10)")
-    p.add_argument("--grid", choices=["dit", "ddim", "ldm", "uniform", "sit"], default="dit", help="where those steps lie")
+    p.add_argument("--grid", choices=["dit", "ddim", "ldm", "uniform", "sit"], help="where those steps lie (default: the base model's own, or dit)")
     p.add_argument("--lam", type=float, help="fusion weight of Eq. 6, of the noisier step; default: Table 9")
     p.add_argument("--reading", choices=["teacher", "student", "literal"], default="teacher", help="whose features are fused: see issd_loss")
-    p.add_argument("--steps", type=int, help="default: the paper's epochs of ImageNet")
+    p.add_argument("--steps", type=int, help="default: the paper's epochs of ImageNet at its own batch size")
     p.add_argument("--batch-size", type=int, help="of all processes together")
     p.add_argument("--lr", type=float)
     p.add_argument("--cfg", type=float, help="guidance when sampling (1: none); training is unguided")

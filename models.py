@@ -9,6 +9,7 @@ that every forward of one iteration sees the same label. And the network can be 
 `forward(x, t, y, tap)` passes every block's output, and the network's output, through `tap(l, h) -> h`.
 """
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -22,13 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from runtime import UserError, write_text
+from runtime import UserError, local_first, write_text
 
 # ---------------------------------------------------------------------------------------------------
 # DiT
@@ -284,13 +284,16 @@ def read_file(path):
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file; give --ckpt an existing one")
     try:
-        if path.suffix == ".safetensors":
+        if ".safetensors" in path.name:  # also while it is being fetched
             return read_safetensors(path)
         torch.serialization.add_safe_globals([Namespace])  # upstream DiT pickles its arguments
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # a damaged file fails in as many ways as there are formats
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f"checkpoint {path}: cannot be read ({type(e).__name__}: {reason[:160]}); it is damaged or not a file of weights")
+    if not isinstance(held, dict) or not held:
+        raise UserError(f"checkpoint {path}: holds no weights")
+    return held
 
 
 def find_weights(ckpt, wanted):
@@ -325,7 +328,7 @@ def load_weights(net, ckpt, name):
     shapes = [f"{k} {tuple(sd[k].shape)} instead of {tuple(own[k].shape)}" for k in own if k in sd and sd[k].shape != own[k].shape]
     wrong = [f"{what} {len(keys)}: {', '.join(keys[:3])}" for what, keys in (("missing", missing), ("unexpected", extra), ("misshaped", shapes)) if keys]
     if wrong:
-        raise UserError(f"checkpoint {name} does not fit the network ({'; '.join(wrong)}); check --model, --image-size and --classes")
+        raise UserError(f"checkpoint {name} does not fit the network ({'; '.join(wrong)}); check --model and --image-size")
     net.load_state_dict(sd)
     return net
 
@@ -345,14 +348,14 @@ def describe(ckpt, name=None, image_size=256):
         return {k: held[k] for k in ("name", "arch", "classes", *DIT_DEFAULTS)}
     if not name:
         raise UserError(f"checkpoint {ckpt} does not say what it is; name it with --model, for example DiT-XL/2")
-    return dict(DIT_DEFAULTS, name=name, classes=1000, arch=make_arch(name, image_size // 8, 4, 1000, True))
+    table = find_weights(held, ()).get("y_embedder.embedding_table.weight")
+    classes = 1000 if table is None else len(table) - 1
+    return dict(DIT_DEFAULTS, name=name, classes=classes, arch=make_arch(name, image_size // 8, 4, classes, True))
 
 
 def load_model(path, name=None, image_size=256):
     """A checkpoint's path -> (network in eval mode on the CPU, its describe())."""
     ckpt = read_file(path)
-    if not isinstance(ckpt, dict) or not ckpt:
-        raise UserError(f"checkpoint {path}: holds no weights")
     info = describe(path, name, image_size)
     with torch.device("meta"):
         net = build(info["arch"])
@@ -365,17 +368,17 @@ def load_model(path, name=None, image_size=256):
 
 
 def fetch(url, folder, check, sha256=None, tries=3):
-    """Download url into folder once; returns the path. Local rank 0 works, the others wait for it.
+    """Download url below folder once; returns the path. Local rank 0 works, the others wait for it.
 
     The file grows under a temporary name and continues where it broke off (within `tries`, and in the next run).
     It takes its name only when it has its full length, the published `sha256` where there is one, and check(path)
     raises no UserError; the hash is recorded beside it. Raises UserError, leaving no file of that name.
     """
-    path = Path(folder) / url.rsplit("/", 1)[-1]
-    if path.exists():
-        return path
-    error = None
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    path = Path(folder) / hashlib.sha256(url.encode()).hexdigest()[:8] / url.rsplit("/", 1)[-1]  # many URLs end in the same name
+
+    def work():
+        if path.exists():
+            return path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = _download(url, path, tries)
@@ -393,23 +396,17 @@ def fetch(url, folder, check, sha256=None, tries=3):
             write_text(path.with_name(path.name + ".sha256"), f"{digest.hexdigest()}  {path.name}\n")
             os.replace(part, path)
         except OSError as e:
-            error = UserError(f"cannot fetch {url} into {path.parent}: {e.strerror or e}; free some space, or download it yourself and give --ckpt PATH")
-        except UserError as e:
-            error = e
-    if dist.is_initialized():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, str(error) if error else None)
-        error = error or next((UserError(e) for e in errors if e), None)
-    if error:
-        raise error
-    return path
+            raise UserError(f"cannot fetch {url} into {path.parent}: {e.strerror or e}; free some space, or download it yourself and give --ckpt PATH")
+        return path
+
+    return local_first(work)
 
 
 def _download(url, path, tries):
     for attempt in range(tries):
         try:
             return _download_once(url, path)
-        except (urllib.error.URLError, ConnectionError, TimeoutError) as e:
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
             reason = getattr(e, "reason", e)
             if isinstance(e, urllib.error.HTTPError) and e.code < 500:
                 break
@@ -420,12 +417,12 @@ def _download(url, path, tries):
 
 
 def _download_once(url, path):
-    with urllib.request.urlopen(urllib.request.Request(url), timeout=60) as response:
+    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as response:
         length = int(response.headers.get("Content-Length") or 0)
-        version = hashlib.sha256(f"{url} {length} {response.headers.get('ETag')} {response.headers.get('Last-Modified')}".encode()).hexdigest()[:8]
+        version = hashlib.sha256(f"{length} {response.headers.get('ETag')} {response.headers.get('Last-Modified')}".encode()).hexdigest()[:8]
     part = path.with_name(f"{path.name}.{version}.part")  # another version of the file gets another name
     for old in path.parent.glob(path.name + ".*.part"):
-        if old != part:
+        if old != part or old.stat().st_size > length > 0:
             old.unlink()
     have = part.stat().st_size if part.exists() else 0
     if not length or have < length:

@@ -71,13 +71,13 @@ class Processes:
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
         if cuda:
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(f"--nproc_per_node is larger than this machine's {torch.cuda.device_count()} GPUs")
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
         self.bf16 = amp == "bf16" or (amp == "auto" and cuda and torch.cuda.is_bf16_supported())
         self.main = self.rank == 0
 
@@ -147,6 +147,23 @@ class Processes:
         return np.concatenate([a for _, a in sorted(rows, key=lambda r: r[0])])
 
 
+def local_first(work):
+    """work() on local rank 0, and when that has ended well on the others; returns its result on each. For downloads."""
+    first, result, error = os.environ.get("LOCAL_RANK", "0") == "0", None, None
+    if first:
+        try:
+            result = work()
+        except Exception as e:
+            error = e
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, str(error) if error else None)
+        error = error or next((UserError(e) for e in errors if e), None)
+    if error:
+        raise error
+    return result if first else work()
+
+
 def compile_blocks(net):
     """Compile block by block: short to compile, keys of the state dict unchanged, and taps stay plain Python."""
     for block in net.blocks:
@@ -161,6 +178,8 @@ def run(main, args):
             dist.destroy_process_group()
     except UserError as e:
         leave(f"error: {e}", 2)
+    except OSError as e:
+        leave(f"error: {e.strerror or e}{': ' + str(e.filename) if e.filename else ''}; nothing that was saved is lost, mend it and repeat the command", 2)
     except KeyboardInterrupt:
         leave("interrupted; the same command continues from the last checkpoint", 130)
     except RuntimeError as e:
@@ -204,19 +223,17 @@ class StepRandom:
 
     def __init__(self, proc, seed, step, batch):
         self.proc, self.batch, self.g = proc, batch, generator(proc.device, seed, step)
-
-    def _kw(self):
-        return dict(generator=self.g, device=self.proc.device)
+        self.where = dict(generator=self.g, device=proc.device)
 
     def normal(self, shape):
-        return self.proc.rows(torch.randn(self.batch, *shape, **self._kw()))
+        return self.proc.rows(torch.randn(self.batch, *shape, **self.where))
 
     def uniform(self):
-        return self.proc.rows(torch.rand(self.batch, **self._kw()))
+        return self.proc.rows(torch.rand(self.batch, **self.where))
 
     def integers(self, low, high):
         """low <= n < high."""
-        return self.proc.rows(torch.randint(low, high, (self.batch,), **self._kw()))
+        return self.proc.rows(torch.randint(low, high, (self.batch,), **self.where))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -254,11 +271,9 @@ def adamw(net, lr, betas=(0.9, 0.999)):
 
 
 class Guard:
-    """Skips updates with a non-finite loss or gradient, on the device, and remembers the first one.
-
-    `update` needs no synchronisation: the fused optimiser itself looks at the flag. `check` synchronises; it is
-    called at every log line and before every save, so that a bad state is never saved.
-    """
+    """Skips updates with a non-finite gradient (which a non-finite loss on any rank brings about), on the device, and
+    remembers the first bad step. `update` needs no synchronisation: the fused optimiser itself looks at the flag. `check`
+    synchronises; it is called at every log line and before every save, so that a bad state is never saved."""
 
     def __init__(self, proc):
         self.proc, self.first = proc, torch.full((2,), 2 ** 40, device=proc.device)  # first bad step: of the loss, of the gradient
@@ -287,7 +302,7 @@ class Guard:
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------
 
-NOT_COMPARED = {"out", "resume", "log_every", "save_every", "eval_samples", "dry_run", "compile", "data_workers"}  # may change between launches
+NOT_COMPARED = {"out", "resume", "log_every", "save_every", "eval_samples", "dry_run", "compile"}  # may change between launches
 
 
 def prepare(args, proc):
@@ -358,7 +373,7 @@ class Stop:
 
     def _ask(self, *_):
         self.asked = True
-        self.restore()  # a second signal ends the program at once
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])  # a second Ctrl-C ends the program at once
 
     def restore(self):
         for s, handler in self.before.items():
@@ -369,6 +384,7 @@ class Stop:
 
 
 def stopped(args, proc, step):
+    proc.barrier()  # important! a rank that left earlier would have torchrun end the one that is still saving
     if proc.main:
         print(f"stopped by a signal after step {step}, saved; the same command continues", file=sys.stderr, flush=True)
     sys.exit(143)
@@ -391,11 +407,11 @@ class Log:
         self.path = Path(args.out) / "log.jsonl"
         self.bar = tqdm(total=steps, initial=start, desc=name, disable=not proc.main, mininterval=0.5 if sys.stderr.isatty() else 10, leave=False)
         if proc.main:  # what an interrupted run did after its last checkpoint is done again, and logged again
-            lines = [l for l in self.path.read_text().splitlines() if json.loads(l)["step"] <= start] if self.path.exists() else []
-            write_text(self.path, "".join(l + "\n" for l in lines))
+            lines = [l for l in self.path.read_text().splitlines() if l.endswith("}")]
+            write_text(self.path, "".join(l + "\n" for l in lines if json.loads(l)["step"] <= start))
 
-    def step(self, step, loss, **more):
-        """After step `step` (counted from 1). `more`: numbers to log beside the loss. Returns True when a line was due."""
+    def step(self, step, loss):
+        """After step `step` (counted from 1). Returns True when a line was due."""
         self.sum += loss.detach()
         self.count += 1
         self.bar.update()
@@ -405,13 +421,12 @@ class Log:
         seconds = time.perf_counter() - self.time
         rate = self.count * self.args.batch_size / seconds
         if self.proc.main:
-            record = {"step": step, "loss": mean, **{k: float(v) for k, v in more.items()}, "samples_per_second": round(rate, 1)}
+            record = {"step": step, "loss": mean, "samples_per_second": round(rate, 1)}
             with open(self.path, "a") as f:
                 f.write(json.dumps(record) + "\n")
-            left = time.strftime("%H:%M:%S", time.gmtime((self.steps - step) * seconds / self.count))
+            left = tqdm.format_interval((self.steps - step) * seconds / self.count)
             self.bar.set_postfix_str(f"loss {mean:.4g}, {rate:.0f} samples/s", refresh=False)
-            extra = "".join(f"  {k} {float(v):.3g}" for k, v in more.items())
-            tqdm.write(f"{self.name} step {step}/{self.steps}  loss {mean:.5g}{extra}  {rate:.0f} samples/s  {left} left", file=sys.stdout)
+            tqdm.write(f"{self.name} step {step}/{self.steps}  loss {mean:.5g}  {rate:.0f} samples/s  {left} left", file=sys.stdout)
             sys.stdout.flush()
         self.sum, self.count, self.time = torch.zeros_like(self.sum), 0, time.perf_counter()
         return True

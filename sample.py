@@ -32,27 +32,26 @@ def main(args):
         net, info = models.load_model(ckpt, args.model, args.image_size)
         if args.label is not None and not 0 <= args.label < info["classes"]:
             raise UserError(f"--label {args.label}: must lie between 0 and {info['classes'] - 1}")
+        if info["scale"] is not None and out.suffix == ".png":
+            raise UserError("this model makes latents, not images: give --out a name ending in .npz, and decode them with the model's autoencoder")
         denoise = proc.mixed(proc.frozen(net))
         parts = list(data.sample_chunks(denoise, info, proc, args.num, args.seed, args.nfe, args.cfg, args.label, desc=Path(ckpt).name))
         blocks.append((proc.gather([(i, x.cpu().numpy()) for i, x, _ in parts]), proc.gather([(i, y.cpu().numpy()) for i, _, y in parts])))
     if proc.main:
-        if info["scale"] is not None:
-            if out.suffix == ".png":
-                raise UserError("this model makes latents: give --out a name ending in .npz, and decode them with its autoencoder")
-            arrays = blocks[0][0] / info["scale"], blocks[0][1]
-        else:
-            blocks = [(data.to_uint8(torch.from_numpy(x)).numpy(), y) for x, y in blocks]
-            arrays = blocks[0][0].transpose(0, 2, 3, 1), blocks[0][1]
+        x, y = blocks[0]
+        arrays = (data.to_uint8(torch.from_numpy(x)).numpy().transpose(0, 2, 3, 1), y) if info["scale"] is None else (x / info["scale"], y)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             if out.suffix == ".png":
-                data.save_grid([x for x, _ in blocks], out)
+                data.save_grid([data.to_uint8(torch.from_numpy(x)) for x, _ in blocks], out)
             else:
                 with open(out.with_suffix(".tmp"), "wb") as f:
                     np.savez(f, *arrays)
                 os.replace(out.with_suffix(".tmp"), out)
         except OSError as e:
             raise UserError(f"--out {out}: cannot write ({e.strerror or e}); choose another place")
+        if info["scale"] is not None:
+            say(proc, f"arr_0 are latents divided by {info['scale']}, as the autoencoder's decoder takes them (stabilityai/sd-vae-ft-ema for DiT)")
         say(proc, f"{out}: {args.num} samples of {' and '.join([args.ckpt] + ([args.compare] if args.compare else []))}")
 
 

@@ -33,7 +33,7 @@ class VP:
         abar = torch.cumprod(1 - betas, 0)
         before = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
         post_var = betas * (1 - before) / (1 - abar)
-        self.T, self.clean, self.continuous = len(betas), -1, False
+        self.T, self.continuous = len(betas), False
         self.alpha = torch.cat([abar.sqrt(), abar.new_ones(1)])
         self.sigma = torch.cat([(1 - abar).sqrt(), abar.new_zeros(1)])
         self.beta, self.post_logvar = betas, torch.cat([post_var[1:2], post_var[1:]]).log()  # "clipped": entry 0 would be log 0
@@ -51,7 +51,7 @@ class VP:
 class Interpolant:
     """Linear interpolant of flow models (SiT): alpha_t = 1 - t, sigma_t = t, t in [0, 1], t = 1 is noise."""
 
-    T, clean, continuous = 1.0, 0.0, True
+    T, continuous = 1000, True  # T: what grids of integers are laid on
 
     def to(self, device):
         return self
@@ -113,6 +113,14 @@ def from_x0_eps(schedule, x0, eps, t, prediction="eps"):
 # ---------------------------------------------------------------------------------------------------
 
 
+def schedule_grid(schedule, name, nfe):
+    """make_grid for a schedule; name None is sit for the interpolant and dit for the others. Raises UserError where they do not match."""
+    name = name or ("sit" if schedule.continuous else "dit")
+    if (name == "sit") != schedule.continuous:
+        raise UserError(f"--grid {name} does not go with this model's schedule; leave it out")
+    return make_grid(name, nfe, schedule.T)
+
+
 def make_grid(name, nfe, T=1000):
     """Descending list of nfe + 1 timesteps, the last one being the end point.
 
@@ -125,7 +133,7 @@ def make_grid(name, nfe, T=1000):
     if nfe < 1 or (name != "sit" and nfe > T):
         raise UserError(f"--nfe {nfe}: must lie between 1 and the schedule's {T} steps")
     if name == "dit":
-        return [round(i * (T - 1) / max(nfe - 1, 1)) for i in range(nfe - 1, -1, -1)] + [-1] if nfe > 1 else [T - 1, -1]
+        return [round(i * (T - 1) / (nfe - 1)) for i in range(nfe - 1, -1, -1)] + [-1] if nfe > 1 else [T - 1, -1]
     if name == "ddim":
         for stride in range(1, T + 1):
             if len(range(0, T, stride)) == nfe:
@@ -133,8 +141,8 @@ def make_grid(name, nfe, T=1000):
         raise UserError(f"--grid ddim: no integer stride gives {nfe} of {T} steps; use --grid dit or uniform")
     if name == "ldm":
         nodes = list(range(0, T, T // nfe))
-        if len(nodes) != nfe:
-            raise UserError(f"--grid ldm: {nfe} does not divide {T}, upstream would take {len(nodes)} steps; use --grid dit or uniform")
+        if len(nodes) != nfe or nodes[-1] + 1 >= T:
+            raise UserError(f"--grid ldm: {nfe} steps do not fit, upstream would take {len(nodes)} from t = {nodes[-1] + 1} of {T}; use --grid dit or uniform")
         return [n + 1 for n in nodes][::-1] + [0]
     if name == "uniform":
         return [round(T * j / nfe) - 1 for j in range(nfe, 0, -1)] + [-1]

@@ -54,12 +54,12 @@ def variational_bound(schedule, x0, x_t, t, out, sigma_head, prediction):
     logvar_p = share * log_beta + (1 - share) * logvar_q
     mean_q, mean_p = posterior_mean(x0), posterior_mean(to_x0_eps(schedule, x_t, out, t, prediction)[0])
     kl = 0.5 * (logvar_p - logvar_q - 1 + (logvar_q - logvar_p).exp() + (mean_q - mean_p).square() * (-logvar_p).exp())
-    cdf = lambda v: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v ** 3)))  # upstream's normal distribution function
+    cdf = lambda v: 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (v + 0.044715 * v ** 3)))  # upstream's normal distribution function
     inv_std = (-0.5 * logvar_p).exp()
     above, below = cdf(inv_std * (x0 - mean_p + 1 / 255)), cdf(inv_std * (x0 - mean_p - 1 / 255))
     mass = torch.where(x0 < -0.999, above, torch.where(x0 > 0.999, 1 - below, above - below))
     nll = -mass.clamp(min=1e-12).log()
-    return torch.where(t.view(-1, 1, 1, 1) == 0, nll, kl).mean((1, 2, 3)) / math.log(2)
+    return torch.where(t.view(-1, 1, 1, 1) == 0, nll, kl).mean((1, 2, 3)) / 0.6931471805599453  # nats -> bits
 
 
 # ---- Training -----------------------------------------------------------------------------------------
@@ -67,21 +67,21 @@ def variational_bound(schedule, x0, x_t, t, out, sigma_head, prediction):
 
 def main(args):
     """Returns the path of the finished checkpoint."""
-    fill_defaults(args)
     proc = Processes(args.amp)
+    fill_defaults(args)
     proc.check_batch(args.batch_size)
 
     # Setup data and network:
     dataset = data.load(args.data, args.image_size, args.classes)
     if args.ckpt:
         info = models.describe(args.ckpt, args.model, args.image_size)
-        data.check_fits(dataset, info)
     else:
         latent = dataset.scale is not None
-        arch = models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes, learn_sigma=latent)
+        arch = models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes, learn_sigma=latent and args.schedule != "interpolant")
         info = dict(name=args.model, arch=arch, classes=dataset.classes, prediction="eps", schedule="linear", scale=dataset.scale, grid=None, nfe=None,
                     cfg=1.5 if latent else 1.0)
     info.update(method="train", prediction=args.prediction or info["prediction"], schedule=args.schedule or info["schedule"])
+    data.check_fits(dataset, info)
     schedule = make_schedule(info["schedule"]).to(proc.device)
     if schedule.continuous != (info["prediction"] == "velocity"):
         raise UserError("--prediction velocity goes with --schedule interpolant, and only with it")
@@ -108,6 +108,7 @@ def main(args):
         net.load_state_dict(state["model"])
         opt.load_state_dict(state["opt"])
         ema.load(state["ema"])
+        del state
 
     denoise, guard, stop = proc.mixed(student), Guard(proc), Stop(proc)
     log = Log(args, proc, start, args.steps, "train")

@@ -33,7 +33,7 @@ def job(key):
     torch.set_num_threads(1)
     import data, fid, issd, models, train
     from runtime import Processes
-    out = Path(key[-1]) / "-".join(str(k) for k in key[:-1])
+    proc, out = Processes("off"), Path(key[-1]) / "-".join(str(k) for k in key[:-1])
     kind, T, *rest = key[:-1]
     teacher = Path(key[-1]) / f"teacher-{T}"
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
@@ -51,7 +51,7 @@ def job(key):
             else:
                 issd.main(issd.parser().parse_args(f"{common} --nfe 10 --lam {lam} --reading {kind} --eval-samples 0".split()))
         net, info = models.load_model(ckpt)
-        x, y = data.sample_images(Processes("off").mixed(net), info, Processes("off"), 2000, noise, nfe, 1.0)
+        x, y = data.sample_images(proc.mixed(proc.frozen(net)), info, proc, 2000, noise, nfe, 1.0)
     return key, {name: fid.evaluate(x, y, name) for name in NETWORKS}
 
 
@@ -84,7 +84,7 @@ def main(args):
             return np.mean([done[r, T, 0, 0, *s]["digits-cnn"][what] - done["base", T, 0, 10]["digits-cnn"][what] for T in TUNE])
         allowed = [s for s in settings if change(s, "accuracy") >= -0.003 and change(s, "pixel_fd") <= 0]
         best[r] = min(allowed or settings, key=lambda s: change(s, "fd"))
-        print(f"\n{r}: {len(allowed)} of {len(settings)} settings allowed; chosen lam {best[r][0]}, lr {best[r][1]}, {best[r][2]} steps")
+        print(f"\n{r}: {len(allowed)} of {len(settings)} settings allowed{'' if allowed else ', so the best of all'}; chosen lam {best[r][0]}, lr {best[r][1]}, {best[r][2]} steps")
         print("| lam \\ lr, steps | " + " | ".join(f"{lr:g}, {n}" for lr, n in itertools.product(RATES, STEPS)) + " |\n|" + "---|" * (1 + len(RATES) * len(STEPS)))
         for lam in LAMS:
             print(f"| {lam} | " + " | ".join(f"{change((lam, *s), 'fd'):+.1f} / {change((lam, *s), 'pixel_fd'):+.2f} / {change((lam, *s), 'accuracy'):+.3f}"

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run on the CPU, on every machine
 import torch
 
 ROOT = Path(__file__).parents[1]

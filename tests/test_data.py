@@ -65,6 +65,13 @@ def test_an_epoch_is_a_permutation():
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10)) and seen[:10].tolist() != seen[10:].tolist()
 
 
+def test_pixels_are_mirrored_for_half_of_the_batch():
+    x = np.zeros((50, 1, 2, 2), np.uint8)
+    x[..., 0] = 255
+    z, _ = first(data.Pixels(x, np.zeros(50), 1, flip=True, name="x"), 1, batch=50)[0]
+    assert set(z[:, 0, 0, 0].tolist()) == {-1.0, 1.0} and 10 < (z[:, 0, 0, 0] > 0).sum() < 40
+
+
 def test_flips_and_labels_of_an_image_folder(tmp_path):
     d = folder(tmp_path)
     assert d.classes == 2 and d.shape == (3, 8, 8) and [k for _, k in d.files] == [0] * 7 + [1] * 7

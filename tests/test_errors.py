@@ -52,7 +52,10 @@ def test_arguments(fails, ckpt):
     assert "invalid int value" in fails("issd", "--nfe", "many")
     assert "unrecognized arguments" in fails("issd", "--lambda", 1)
     assert "synthetic:10" in fails("issd", *quick(ckpt), "--data", "synthetic")
-    assert "only the digits have a feature network" in fails("issd", "--model", "DiT-S/2", "--eval-samples", 10, "--dry-run")
+    assert "only for the digits" in fails("issd", "--model", "DiT-S/2", "--eval-samples", 10, "--dry-run")
+    assert "at least 2" in fails("issd", "--eval-samples", 1, "--dry-run")
+    assert "does not go with this model's schedule" in fails("issd", *quick(ckpt), "--grid", "sit")
+    assert "between 1 and" in fails("sample", "--ckpt", ckpt, "--nfe", 0)
     assert "goes with --schedule interpolant" in fails("train", "--prediction", "velocity")
     assert "no released weights for DiT-S/2" in fails("issd", "--model", "DiT-S/2")
     assert "must not be negative" in fails("sample", "--ckpt", ckpt, "--seed", -1)
@@ -78,6 +81,8 @@ def test_checkpoints(fails, tmp_path, tiny, ckpt):
     assert "missing 1: pos_embed" in fails("sample", "--ckpt", "wrong.pt")
     torch.save(dict(checkpoint(tiny), format=9), tmp_path / "future.pt")
     assert "format 9" in fails("sample", "--ckpt", "future.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    assert "holds no weights" in fails("sample", "--ckpt", "tensor.pt")
     torch.save({"ema": {}}, tmp_path / "empty.pt")
     assert "missing" in fails("sample", "--ckpt", "empty.pt", "--model", "DiT-S/8")
 
@@ -113,6 +118,7 @@ def latents(folder, x, y, classes=10, scale=None):
 def test_latents(fails, tmp_path, ckpt):
     x = np.random.default_rng(0).normal(size=(8, 1, 1, 1, 8, 8)).astype(np.float32)
     assert "label 10 is out of range" in fails("issd", *quick(ckpt), "--data", latents(tmp_path / "a", x, np.full(8, 10)))
+    assert "label -1 is out of range" in fails("issd", *quick(ckpt), "--data", latents(tmp_path / "d", x, np.full(8, -1)))
     assert "want (N, F, S, C, H, W)" in fails("issd", *quick(ckpt), "--data", latents(tmp_path / "b", x[:, 0], np.zeros(8, int)))
     x[:, 0, 0, 0, 0, 0] = np.nan
     assert "is not finite" in fails("issd", *quick(ckpt), "--data", latents(tmp_path / "c", x, np.zeros(8, int)))

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from conftest import checkpoint, script
+from conftest import checkpoint, script, torchrun
 
 import models
 from models import fetch
@@ -18,10 +18,14 @@ class Server(http.server.BaseHTTPRequestHandler):
         begin = int(self.headers.get("Range", "bytes=0-")[6:-1]) if self.ranges else 0
         Server.seen.append(begin)
         self.send_response(206 if begin else 200)
-        self.send_header("Content-Length", str(len(self.body) - begin if not (begin == 0 and False) else 0))
+        self.send_header("Content-Length", str(len(self.body) - begin))
         self.end_headers()
+        if self.command == "HEAD":
+            return
         end = min(len(self.body), Server.cut) if Server.cut else len(self.body)
         self.wfile.write(self.body[begin:end])
+
+    do_HEAD = do_GET
 
     def log_message(self, *_):
         pass
@@ -46,7 +50,7 @@ def accept(path):
 
 
 def names(folder):
-    return sorted(f.name for f in folder.iterdir()) if folder.exists() else []
+    return sorted(f.name for f in folder.rglob("*") if f.is_file())
 
 
 def test_whole_file_once(server, tmp_path):
@@ -86,9 +90,34 @@ def test_wrong_contents_and_wrong_hash_are_deleted(server, tmp_path):
     assert names(tmp_path) == []
 
 
+def test_two_urls_that_end_alike_and_a_part_that_is_too_long(server, tmp_path):
+    Server.body = b"first"
+    one = fetch(server, tmp_path, accept)
+    Server.body = b"second"
+    two = fetch(server.replace("/x.pt", "/other/x.pt"), tmp_path, accept)
+    assert one.read_bytes() == b"first" and two.read_bytes() == b"second" and one != two
+    Server.cut = 3
+    with pytest.raises(UserError):
+        fetch(server + ".pt", tmp_path, accept)
+    part = next(tmp_path.rglob("*.part"))
+    part.write_bytes(b"x" * 99)
+    Server.cut = None
+    assert fetch(server + ".pt", tmp_path, accept).read_bytes() == b"second"
+
+
+def test_safetensors_by_url(server, tmp_path, tiny):
+    from test_models import write_safetensors
+    write_safetensors(tmp_path / "x.safetensors", tiny.state_dict())
+    Server.body = (tmp_path / "x.safetensors").read_bytes()
+    path = fetch(server.replace("x.pt", "x.safetensors"), tmp_path / "c", lambda p: models.load_weights(models.build(tiny.arch), models.read_file(p), p))
+    assert path.name == "x.safetensors"
+
+
 def test_no_server_and_file_urls(tmp_path):
     with pytest.raises(UserError, match="nothing was kept"):
         fetch("http://127.0.0.1:9/x.pt", tmp_path / "c", accept)
+    with pytest.raises(UserError, match="cannot fetch"):
+        fetch("http://127.0.0.1:9/a b.pt", tmp_path / "c", accept)
     assert names(tmp_path / "c") == []
     (tmp_path / "y.bin").write_bytes(b"abc")
     assert fetch((tmp_path / "y.bin").as_uri(), tmp_path / "c", accept).read_bytes() == b"abc"
@@ -105,7 +134,8 @@ def test_the_command_fetches_its_base_model(server, tmp_path, tiny):
                               env={"MINDISTILL_CACHE": str(tmp_path / "cache")}, **kw)
     Server.cut = 1000
     failed = run(check=False)
-    assert failed.returncode == 2 and failed.stderr.count("error:") == 1 and not (tmp_path / "cache" / "x.pt").exists()
+    assert failed.returncode == 2 and failed.stderr.count("error:") == 1 and not [n for n in names(tmp_path / "cache") if not n.endswith(".part")]
     Server.cut = None
-    run()
-    assert (tmp_path / "cache" / "x.pt").read_bytes() == Server.body and (tmp_path / "out" / "last.pt").exists()
+    torchrun(2, "issd.py", "--ckpt", server, "--steps", 2, "--batch-size", 4, "--eval-samples", 0, "--out", tmp_path / "out",
+             env={"MINDISTILL_CACHE": str(tmp_path / "cache")})
+    assert next((tmp_path / "cache").rglob("x.pt")).read_bytes() == Server.body and (tmp_path / "out" / "last.pt").exists()

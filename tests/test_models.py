@@ -153,6 +153,15 @@ def test_lightning_average_and_safetensors(tmp_path):
     assert all(torch.equal(v, sd[k]) for k, v in net.state_dict().items())
 
 
+def test_upstream_file_with_other_classes(tmp_path):
+    """A raw DiT-S/8 for 7 classes: the name gives the shape, the label table the classes."""
+    net = models.fill_random(models.build(models.make_arch("DiT-S/8", 32, 4, 7, True)))
+    torch.save({"ema": net.state_dict()}, tmp_path / "x.pt")
+    loaded, info = models.load_model(tmp_path / "x.pt", "DiT-S/8")
+    assert info["classes"] == loaded.num_classes == 7 and info["cfg"] == 1.5 and info["scale"] == 0.18215
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+
 def test_wrong_keys_and_shapes_are_named():
     sd = small().state_dict()
     sd["blocks.0.mlp.fc1.weight"] = torch.zeros(3, 3)
