@@ -1,12 +1,15 @@
 """Does iSSD work on the digits? 10 steps, no guidance, 2,000 samples a row, all rows of a teacher from the same noise.
 
-    python experiments/issd_digits.py            about 40 minutes on two CPU cores
+    python experiments/issd_digits.py                                          about 40 minutes on two CPU cores
+    python experiments/issd_digits.py --lam-max 1 --held-out 12 13 14 15 16    lam 0.15: more gain, less class accuracy
 
 1. Make the teachers: python train.py --seed 0, 1, ...
 2. Choose lam and steps for every reading of Algorithm 2 on teachers 0-6, one seed: of the settings that lose at most 0.003 of
    accuracy and nothing of pixel distance against their base model, the one with the largest mean gain in Frechet distance (digits-cnn).
-3. Report them on held-out teachers 12-16 with three seeds each, on other noise, also with a feature network that was not used to
+3. Report them on held-out teachers 17-21 with three seeds each, on other noise, also with a feature network that was not used to
    choose (digits-mlp). Gains are paired within a teacher, averaged over its seeds; the standard error is over teachers.
+4. Where accuracy or pixel distance are then worse than after continued training by more than its spread, take a smaller lam
+   (--lam-max) and teachers that no one has looked at.
 
 Finished jobs are kept in results.jsonl and not repeated.
 """
@@ -23,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 READINGS = ["teacher", "student", "literal"]
 LAMS, RATES, STEPS = [0.05, 0.1, 0.15, 0.25], [5e-5], [50, 100]
-TUNE, HELD_OUT, SEEDS = [0, 1, 2, 3, 4, 5, 6], [12, 13, 14, 15, 16], [0, 1, 2]
+TUNE, SEEDS = [0, 1, 2, 3, 4, 5, 6], [0, 1, 2]
 NETWORKS = ["digits-cnn", "digits-mlp"]
 
 
@@ -74,7 +77,7 @@ def main(args):
     done = {tuple(k): v for k, v in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
 
     # 1, 2: teachers, then the choice
-    run_all([("make", T) for T in TUNE + HELD_OUT], done, file, args.jobs)
+    run_all([("make", T) for T in TUNE + args.held_out], done, file, args.jobs)
     settings = list(itertools.product(LAMS, RATES, STEPS))
     run_all([("base", T, 0, 10) for T in TUNE] + [(r, T, 0, 0, *s) for s in sorted(settings, key=lambda s: -s[2]) for r in READINGS for T in TUNE],
             done, file, args.jobs)
@@ -82,8 +85,8 @@ def main(args):
     for r in READINGS:
         def change(s, what):
             return np.mean([done[r, T, 0, 0, *s]["digits-cnn"][what] - done["base", T, 0, 10]["digits-cnn"][what] for T in TUNE])
-        allowed = [s for s in settings if change(s, "accuracy") >= -0.003 and change(s, "pixel_fd") <= 0]
-        best[r] = min(allowed or settings, key=lambda s: change(s, "fd"))
+        allowed = [s for s in settings if s[0] <= args.lam_max and change(s, "accuracy") >= -0.003 and change(s, "pixel_fd") <= 0]
+        best[r] = min(allowed or [s for s in settings if s[0] <= args.lam_max], key=lambda s: change(s, "fd"))
         print(f"\n{r}: {len(allowed)} of {len(settings)} settings allowed{'' if allowed else ', so the best of all'}; chosen lam {best[r][0]}, lr {best[r][1]}, {best[r][2]} steps")
         print("| lam \\ lr, steps | " + " | ".join(f"{lr:g}, {n}" for lr, n in itertools.product(RATES, STEPS)) + " |\n|" + "---|" * (1 + len(RATES) * len(STEPS)))
         for lam in LAMS:
@@ -96,10 +99,10 @@ def main(args):
     rows = {"base": lambda T, s: ("base", T, noise(T), 10), "base, 50 steps": lambda T, s: ("base", T, noise(T), 50),
             "continued training": lambda T, s: ("continued", T, noise(T), s, 0, *default[1:])}
     rows |= {f"iSSD, reading {r}": lambda T, s, r=r: (r, T, noise(T), s, *best[r]) for r in READINGS}
-    run_all(sorted({row(T, s) for row in rows.values() for T in HELD_OUT for s in SEEDS}, key=str), done, file, args.jobs)
-    print(f"\nheld-out teachers {HELD_OUT}, three seeds each: mean +- standard deviation over teachers (of means over seeds)")
+    run_all(sorted({row(T, s) for row in rows.values() for T in args.held_out for s in SEEDS}, key=str), done, file, args.jobs)
+    print(f"\nheld-out teachers {args.held_out}, three seeds each: mean +- standard deviation over teachers (of means over seeds)")
     print("| | FD digits-cnn | FD digits-mlp | pixel distance | accuracy | gain on base | gain on continued | spread over seeds |\n|" + "---|" * 8)
-    values = lambda row, net, what: np.array([[done[rows[row](T, s)][net][what] for s in SEEDS] for T in HELD_OUT])
+    values = lambda row, net, what: np.array([[done[rows[row](T, s)][net][what] for s in SEEDS] for T in args.held_out])
     pm = lambda v, digits: f"{v.mean():.{digits}f} +- {v.std(ddof=1):.{digits}f}"
     for row in rows:
         cells = [pm(values(row, net, what).mean(1), digits) for net, what, digits in
@@ -115,5 +118,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     p.add_argument("--reading", choices=READINGS, default="teacher", help="whose learning rate and steps the continued training takes")
+    p.add_argument("--lam-max", type=float, default=0.1, help="largest lam to choose")
+    p.add_argument("--held-out", type=int, nargs="+", default=[17, 18, 19, 20, 21], help="teachers of the report")
     p.add_argument("--out", default="runs/experiments/issd_digits")
     main(p.parse_args())
