@@ -313,9 +313,11 @@ def fingerprint(net):
 def save_grid(blocks, path, columns=20):
     """Blocks of images, each (n, C, H, W) uint8 -> one PNG with the blocks one below the other; small images enlarged."""
     from torchvision.utils import make_grid as tile
-    bands = [tile(torch.as_tensor(images), nrow=columns, padding=0) for images in blocks]     # (3, rows * H, columns * W)
-    line = torch.full((3, 1, bands[0].shape[2]), 255, dtype=torch.uint8)
+    zoom = max(1, 32 // blocks[0].shape[2])
+    enlarge = lambda x: torch.as_tensor(x).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    bands = [tile(enlarge(images), nrow=columns, padding=4, pad_value=90) for images in blocks]  # (3, height, width)
+    line = torch.full((3, 3, bands[0].shape[2]), 255, dtype=torch.uint8)
     image = Image.fromarray(torch.cat([part for band in bands for part in (line, band)][1:], 1).permute(1, 2, 0).numpy())
-    zoom, temporary = max(1, 32 // blocks[0].shape[2]), Path(path).with_suffix(".tmp")
-    image.resize((image.width * zoom, image.height * zoom), Image.NEAREST).save(temporary, "PNG")
+    temporary = Path(path).with_suffix(".tmp")
+    image.save(temporary, "PNG")
     os.replace(temporary, path)

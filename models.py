@@ -12,6 +12,7 @@ import hashlib
 import http.client
 import json
 import os
+import platform
 import re
 import struct
 import time
@@ -420,8 +421,8 @@ def _download_once(url, path):
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as response:
         length = int(response.headers.get("Content-Length") or 0)
         version = hashlib.sha256(f"{length} {response.headers.get('ETag')} {response.headers.get('Last-Modified')}".encode()).hexdigest()[:8]
-    part = path.with_name(f"{path.name}.{version}.part")  # another version of the file gets another name
-    for old in path.parent.glob(path.name + ".*.part"):
+    part = path.with_name(f"{path.name}.{version}.{platform.node()}.part")  # another version, another machine: another name
+    for old in path.parent.glob(f"{path.name}.*.{platform.node()}.part"):
         if old != part or old.stat().st_size > length > 0:
             old.unlink()
     have = part.stat().st_size if part.exists() else 0

@@ -80,9 +80,9 @@ def test_a_finished_run_prints_its_table_and_changed_arguments_are_refused(tmp_p
     before = (whole / "last.pt").stat().st_mtime_ns
     again = script(*words(ckpt, whole))
     assert "is ready" in again.stdout and "step 1/" not in again.stdout
-    changed = script(*words(ckpt, whole, "--lam", 0.1, "--reading", "student"), check=False)
+    changed = script(*words(ckpt, whole, "--lam", 0.2, "--reading", "student"), check=False)
     assert changed.returncode == 2 and changed.stderr.strip().count("\n") == 0
-    assert "--lam 0.15, now it is 0.1" in changed.stderr
+    assert "--lam 0.1, now it is 0.2" in changed.stderr
     assert script(*words(ckpt, whole, "--resume", "never"), check=False).returncode == 2
     assert (whole / "last.pt").stat().st_mtime_ns == before
 
@@ -123,7 +123,7 @@ def test_the_main_job_in_small(tmp_path):
     assert set(metrics["controls"]) == {"before, 50 steps", "continued training"} and metrics["samples"] == 60 and metrics["features"] == "digits-cnn"
     assert "Frechet distance" in done.stdout and "after issd" in done.stdout
     from PIL import Image
-    assert Image.open(tmp_path / "runs" / "samples.png").size == (20 * 8 * 4, (2 * 2 * 8 + 1) * 4)
+    assert Image.open(tmp_path / "runs" / "samples.png").size == (20 * 36 + 4, 2 * (2 * 36 + 4) + 3)
     assert (tmp_path / "runs" / "teacher-digits" / "last.pt").exists()
     assert metrics["after"] != metrics["before"] != metrics["controls"]["continued training"]
 
