@@ -3,12 +3,11 @@
     python benchmarks/issd_step.py                                       DiT-S/2, batch 8; a minute or two on two CPU cores
     python benchmarks/issd_step.py --upstream PATH/TO/facebookresearch/DiT    also against that code (it needs timm)
 
-Everything in one process, interleaved, median of --repeats. Weights are N(0, 0.02^2): a fresh DiT outputs zero.
+Everything in one process, interleaved. Weights are N(0, 0.02^2): a fresh DiT outputs zero.
 """
 import argparse
 import copy
 import importlib.util
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -22,17 +21,17 @@ from runtime import Guard, Processes, StepRandom, adamw
 from solvers import make_grid, make_schedule
 
 
-def medians(repeats, proc, **work):
-    """Median seconds of each callable, run in turn; two rounds warm up."""
-    seconds = {name: [] for name in work}
+def seconds(repeats, proc, **work):
+    """{name: seconds of each repeat} of callables run in turn, so that a slow moment of the machine meets all of them; two rounds warm up."""
+    times = {name: [] for name in work}
     for _ in range(repeats + 2):
         for name, f in work.items():
             began = time.perf_counter()
             f()
             if proc.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(s[2:]) for name, s in seconds.items()}
+            times[name].append(time.perf_counter() - began)
+    return {name: torch.tensor(t[2:]) for name, t in times.items()}
 
 
 def main(args):
@@ -60,9 +59,10 @@ def main(args):
         student_eps(x, t, y).square().mean().backward()
         opt.zero_grad()
 
-    s = medians(args.repeats, proc, step=step, forward=forward, forward_backward=forward_backward)
-    print(f"{args.model}, batch {B}, {proc.device}: an iSSD step costs {s['step'] / (2 * s['forward'] + s['forward_backward']):.3f} "
-          f"times two forwards and one forward with backward, measured alone")
+    s = seconds(args.repeats, proc, forward=forward, step=step, forward_backward=forward_backward, forward2=forward)
+    ratio = (s["step"] / (s["forward"] + s["forward2"] + s["forward_backward"])).sort().values
+    print(f"{args.model}, batch {B}, {proc.device}: an iSSD step costs {ratio.median():.3f} times two forwards and one forward with backward, "
+          f"measured alone (median of {args.repeats} rounds, {ratio[0]:.3f} to {ratio[-1]:.3f})")
     if args.upstream:
         spec = importlib.util.spec_from_file_location("upstream_models", Path(args.upstream) / "models.py")
         upstream = importlib.util.module_from_spec(spec)
@@ -82,8 +82,8 @@ def main(args):
                 own.zero_grad()
             return run
         theirs.num_classes = 1000
-        s = medians(args.repeats, proc, ours=training_step(ours), upstream=training_step(theirs))
-        print(f"training step: ours costs {s['ours'] / s['upstream']:.3f} times upstream's")
+        s = seconds(args.repeats, proc, ours=training_step(ours), upstream=training_step(theirs))
+        print(f"training step: ours costs {s['ours'].median() / s['upstream'].median():.3f} times upstream's (medians of {args.repeats})")
 
 
 if __name__ == "__main__":
