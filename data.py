@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from runtime import CACHE, StepRandom, UserError, generator, local_first, write_text
+from runtime import CACHE, StepRandom, UserError, bar, generator, local_first, write_text
 from solvers import guide, make_schedule, sample, schedule_grid
 
 ASSETS = Path(__file__).parent / "assets"
@@ -248,13 +247,13 @@ def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, label=None, to
     guided = guide(net, info["cfg"] if cfg is None else cfg)
     chunks = [c for c in range((num + CHUNK - 1) // CHUNK) if c % proc.world == proc.rank and (todo is None or todo(c))]
     arch, K = info["arch"], info["classes"]
-    with tqdm(total=len(chunks) * (len(grid) - 1), desc=f"{desc} ({len(grid) - 1} steps)", disable=not proc.main, leave=False) as bar:
+    with bar(proc, len(chunks) * (len(grid) - 1), f"{desc} ({len(grid) - 1} steps)") as progress:
         for c in chunks:
             n = min(CHUNK, num - c * CHUNK)
             noise = torch.randn(n, arch["in_channels"], arch["input_size"], arch["input_size"],
                                 generator=generator(proc.device, seed, c, 4), device=proc.device)
             y = torch.arange(c * CHUNK, c * CHUNK + n, device=proc.device) % max(K, 1) if label is None else torch.full((n,), label, device=proc.device)
-            yield c * CHUNK, sample(guided, noise, y, schedule, grid, info["prediction"], on_step=bar.update), y
+            yield c * CHUNK, sample(guided, noise, y, schedule, grid, info["prediction"], on_step=progress.update), y
 
 
 def sample_images(net, info, proc, num, seed, nfe=None, cfg=None, desc="sampling"):

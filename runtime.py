@@ -412,7 +412,7 @@ class Log:
         self.args, self.proc, self.name, self.steps = args, proc, name, steps
         self.sum, self.count, self.time = torch.zeros((), device=proc.device), 0, time.perf_counter()
         self.path = Path(args.out) / "log.jsonl"
-        self.bar = tqdm(total=steps, initial=start, desc=name, disable=not proc.main, mininterval=0.5 if sys.stderr.isatty() else 10, leave=False)
+        self.bar = bar(proc, steps, name, start)
         if proc.main:  # what an interrupted run did after its last checkpoint is done again, and logged again
             lines = [l for l in self.path.read_text().splitlines() if l.endswith("}")]
             write_text(self.path, "".join(l + "\n" for l in lines if json.loads(l)["step"] <= start))
@@ -440,6 +440,11 @@ class Log:
 
     def close(self):
         self.bar.close()
+
+
+def bar(proc, total, desc, initial=0):
+    """A progress bar on rank 0's stderr; in a file it is drawn now and then."""
+    return tqdm(total=total, desc=desc, initial=initial, disable=not proc.main, leave=False, mininterval=0.3 if sys.stderr.isatty() else 10)
 
 
 def say(proc, text):

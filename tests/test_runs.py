@@ -101,7 +101,7 @@ def test_two_processes_agree_with_one(tmp_path, ckpt):
     assert max(float((a[k] - start[k]).abs().max()) for k in a) > 1e-3
     script(*run(tmp_path / "half", "--amp", "bf16"))
     half = losses(tmp_path / "half")
-    assert all(b == pytest.approx(a, rel=0.05) for a, b in zip(one, half)) and half != one
+    assert all(b == pytest.approx(a, rel=0.15) for a, b in zip(one, half)) and half != one
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="finds the workers in /proc")
