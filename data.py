@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from runtime import CACHE, StepRandom, UserError, bar, generator, local_first, write_text
+from models import local_first
+from runtime import CACHE, StepRandom, UserError, bar, generator, write_text
 from solvers import guide, make_schedule, sample, schedule_grid
 
 ASSETS = Path(__file__).parent / "assets"

@@ -24,12 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from runtime import UserError, local_first, write_text
+from runtime import UserError, write_text
 
 # ---------------------------------------------------------------------------------------------------
 # DiT
@@ -366,6 +367,23 @@ def load_model(path, name=None, image_size=256):
 # ---------------------------------------------------------------------------------------------------
 # Downloads
 # ---------------------------------------------------------------------------------------------------
+
+
+def local_first(work):
+    """work() on local rank 0, and when that has ended well on the others; returns its result on each. For downloads."""
+    first, result, error = os.environ.get("LOCAL_RANK", "0") == "0", None, None
+    if first:
+        try:
+            result = work()
+        except Exception as e:
+            error = e
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, str(error) if error else None)
+        error = error or next((UserError(e) for e in errors if e), None)
+    if error:
+        raise error
+    return result if first else work()
 
 
 def fetch(url, folder, check, sha256=None, tries=3):

@@ -151,23 +151,6 @@ class Processes:
         return np.concatenate([a for _, a in sorted(rows, key=lambda r: r[0])])
 
 
-def local_first(work):
-    """work() on local rank 0, and when that has ended well on the others; returns its result on each. For downloads."""
-    first, result, error = os.environ.get("LOCAL_RANK", "0") == "0", None, None
-    if first:
-        try:
-            result = work()
-        except Exception as e:
-            error = e
-    if dist.is_initialized():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, str(error) if error else None)
-        error = error or next((UserError(e) for e in errors if e), None)
-    if error:
-        raise error
-    return result if first else work()
-
-
 def compile_blocks(net):
     """Compile block by block: short to compile, keys of the state dict unchanged, and taps stay plain Python."""
     for block in net.blocks:
@@ -197,7 +180,10 @@ def leave(line, code):
     if first_to_speak():
         tqdm.write(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         sys.stderr.flush()
-    os._exit(code) if dist.is_initialized() else sys.exit(code)  # a broken process group would hang an orderly exit
+    if dist.is_initialized():
+        time.sleep(1)  # rank 0 may keep the store in which the others ask whether they are first
+        os._exit(code)  # a broken process group would hang an orderly exit
+    sys.exit(code)
 
 
 def first_to_speak():
