@@ -138,6 +138,22 @@ def test_samples_do_not_depend_on_the_number_of_processes(tiny, monkeypatch):
     assert one.keys() == two.keys() == {0, 5, 10} and all(torch.equal(one[i], two[i]) for i in one)
 
 
+@pytest.mark.parametrize("name,folder", [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+def test_torchvision_sets_are_read_by_their_own_loaders(tmp_path, monkeypatch, name, folder):
+    """Four images in upstream's own file format, where its loader would have put them: nothing is fetched."""
+    import struct
+    raw = tmp_path / "data" / folder / "raw"
+    raw.mkdir(parents=True)
+    x, y = np.random.default_rng(0).integers(0, 256, (4, 28, 28), np.uint8), np.array([3, 1, 4, 9], np.uint8)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, 4, 28, 28) + x.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, 4) + y.tobytes())
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    d = data.load(name)
+    assert d.shape == (1, 28, 28) and d.classes == 10 and not d.flip and d.y.tolist() == [3, 1, 4, 9]
+    np.testing.assert_array_equal(d.x[:, 0], x)
+
+
 def test_unknown_sets(tmp_path):
     with pytest.raises(UserError):
         data.load(str(tmp_path / "nothing"))

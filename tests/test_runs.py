@@ -144,3 +144,23 @@ def test_training_objectives_run_and_are_sampled(tmp_path):
         assert len(losses(out)) == 3 and min(losses(out)) > 0
         script("sample.py", "--ckpt", out / "last.pt", "--compare", out / "last.pt", "--nfe", 5, "--out", out / "x.png")
         assert (out / "x.png").exists()
+
+
+def test_the_latent_path_in_small(tmp_path):
+    """What the eight-GPU command does, in miniature and on two processes: a latent model with learned variance, its own
+    guided samples as training data, no measurement, and latents from sample.py."""
+    import numpy as np
+    from test_errors import latents
+    x = np.random.default_rng(0).normal(size=(16, 2, 2, 4, 8, 8)).astype(np.float16)
+    folder = latents(tmp_path / "latents", x, np.arange(16) % 5, classes=5, scale=0.18215)
+    script("train.py", "--data", folder, "--model", "DiT-Ti/2", "--steps", 4, "--batch-size", 4, "--lr", 1e-2, "--out", tmp_path / "base", "--log-every", 1)
+    base = torch.load(tmp_path / "base" / "last.pt", weights_only=True)
+    assert base["arch"]["learn_sigma"] and base["scale"] == 0.18215 and base["classes"] == 5 and min(losses(tmp_path / "base")) > 0
+    done = torchrun(2, "issd.py", "--ckpt", tmp_path / "base" / "last.pt", "--data", "synthetic:3", "--steps", 3, "--batch-size", 4, "--lr", 1e-3,
+                    "--log-every", 1, "--out", tmp_path / "issd", env={"MINDISTILL_CACHE": str(tmp_path / "cache")})
+    assert "12 samples of the base model itself, 3 steps, guidance 1.5" in done.stdout and "quality is not measured" in done.stdout
+    assert len(losses(tmp_path / "issd")) == 3 and min(losses(tmp_path / "issd")) > 0 and len(list((tmp_path / "cache").glob("synthetic-*-3steps-cfg1.5-*-12"))) == 1
+    script("sample.py", "--ckpt", tmp_path / "issd" / "last.pt", "--num", 3, "--out", tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz") as f:
+        assert f["arr_0"].shape == (3, 4, 8, 8) and f["arr_0"].dtype == np.float32
+    assert script("sample.py", "--ckpt", tmp_path / "issd" / "last.pt", "--out", tmp_path / "x.png", check=False).returncode == 2
