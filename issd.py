@@ -48,6 +48,7 @@ def issd_loss(student, teacher, schedule, x0, y, s, t, noise, lam, reading="teac
         "teacher"  both the frozen teacher's: Eq. 6 and line 7                               5 forward units
         "student"  both the student's: line 8 and its heading                                5
         "literal"  line 7 by the teacher, line 8 by the student, as printed                  6
+    info: the states x_s and x_t and the prediction eps_s between them, for plots and tests.
     """
     C = x0.shape[1]                                                           # channels beyond C hold a learned variance
     x_s = add_noise(schedule, x0, noise, s)                                   # (B, C, H, W)           Eq. 1
@@ -198,7 +199,7 @@ def plan(args, info, proc, grid):
 
 # Learning rate, batch and epochs of ImageNet by (size, resolution): section A.1 of the supplement, Tables 2 and 3.
 TRAINING = {("XL", 256): (5e-6, 128, 0.8), ("XL", 512): (5e-6, 64, 0.4), ("L", 256): (5e-6, 256, 0.2), ("B", 256): (5e-6, 256, 0.2), ("S", 256): (1e-5, 512, 0.2)}
-# lam by NFE: Table 9.
+# lam by NFE: Table 9, above its line and (LAM_DISTILLED) below. The paper is silent on other NFE; fill_defaults takes the nearest.
 LAM = {("XL", 256): {50: 0.30, 20: 0.25, 10: 0.25}, ("XL", 512): {50: 0.30, 20: 0.25, 10: 0.25}, ("L", 256): {50: 0.25, 20: 0.25, 10: 0.25},
        ("B", 256): {50: 0.35, 20: 0.25, 10: 0.25}, ("S", 256): {50: 0.05, 20: 0.10, 10: 0.05}}
 LAM_DISTILLED = {32: 0.20, 10: 0.25, 5: 0.05, 4: 0.05}

@@ -130,12 +130,17 @@ def test_the_command_fetches_its_base_model(server, tmp_path, tiny):
     buffer = io.BytesIO()
     torch.save(checkpoint(tiny), buffer)
     Server.body = buffer.getvalue()
-    run = lambda **kw: script("issd.py", "--ckpt", server, "--steps", 2, "--batch-size", 4, "--eval-samples", 0, "--out", tmp_path / "out",
+    run = lambda url=server, **kw: script("issd.py", "--ckpt", url, "--steps", 2, "--batch-size", 4, "--eval-samples", 0, "--out", tmp_path / "out",
                               env={"MINDISTILL_CACHE": str(tmp_path / "cache")}, **kw)
     Server.cut = 1000
     failed = run(check=False)
     assert failed.returncode == 2 and failed.stderr.count("error:") == 1 and not [n for n in names(tmp_path / "cache") if not n.endswith(".part")]
-    Server.cut = None
+    Server.cut, whole = None, Server.body
+    for url, body, words in ((server, b"<html>not weights</html>", "does not hold what it should and was deleted"), ("http://127.0.0.1:9/y.pt", whole, "nothing was kept")):
+        Server.body = body
+        failed = run(url, check=False)
+        assert failed.returncode == 2 and failed.stderr.count("error:") == 1 and words in failed.stderr and names(tmp_path / "cache") == []
+    Server.body = whole
     torchrun(2, "issd.py", "--ckpt", server, "--steps", 2, "--batch-size", 4, "--eval-samples", 0, "--out", tmp_path / "out",
              env={"MINDISTILL_CACHE": str(tmp_path / "cache")})
     assert next((tmp_path / "cache").rglob("x.pt")).read_bytes() == Server.body and (tmp_path / "out" / "last.pt").exists()
