@@ -67,11 +67,7 @@ class ImageFolder(torch.utils.data.Dataset):
     def __getitem__(self, item):
         index, flip = item
         path, label = self.files[index]
-        try:
-            with Image.open(path) as image:
-                x = center_crop(image.convert("RGB"), self.size)
-        except (OSError, ValueError, SyntaxError) as e:
-            raise UserError(f"image {path}: cannot be read ({e}); mend or remove it")
+        x = read_image(path, self.size)
         return torch.from_numpy(np.ascontiguousarray(x[:, ::-1] if flip else x)).permute(2, 0, 1), label
 
     def finish(self, item, rng):
@@ -113,6 +109,16 @@ class Latents(torch.utils.data.Dataset):
     def finish(self, item, rng):
         x, y = item
         return (x[:, 0] + x[:, 1] * rng.normal(self.shape) if x.shape[1] == 2 else x[:, 0]), y
+
+
+def read_image(path, size=None):
+    """An image file -> (H, W, 3) uint8; with `size`, cropped and scaled to (size, size, 3) as ADM does. Raises UserError."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            return center_crop(image, size) if size else np.array(image)
+    except (OSError, ValueError, SyntaxError) as e:
+        raise UserError(f"image {path}: cannot be read ({e}); mend or remove it")
 
 
 def center_crop(image, size):
@@ -217,14 +223,17 @@ def batches(data, proc, seed, batch, start):
             yield data.rows(torch.tensor(rows, device=proc.device), flips.to(proc.device), StepRandom(proc, seed, step, batch))
     loader = DataLoader(data, batch_sampler=([*zip(r, f.tolist())] for r, f in plan()), num_workers=min(data.workers, os.cpu_count()),
                         pin_memory=proc.device.type == "cuda", worker_init_fn=one_thread)
-    items = iter(loader)
-    for step in itertools.count(start):
-        try:
-            x, y = next(items)
-        except UserError as e:  # the loader wraps it in the worker's traceback
-            raise UserError(str(e).strip().splitlines()[-1].split("UserError: ")[-1])
+    for step, (x, y) in zip(itertools.count(start), plainly(loader)):
         x, y = x.to(proc.device, non_blocking=True), y.to(proc.device, non_blocking=True)
         yield data.finish((x, y), StepRandom(proc, (seed << 8) + 1, step, batch))
+
+
+def plainly(loader):
+    """The loader's items; a UserError in a worker comes without the traceback that the loader wraps it in."""
+    try:
+        yield from loader
+    except UserError as e:
+        raise UserError(str(e).strip().splitlines()[-1].split("UserError: ")[-1])
 
 
 def one_thread(worker):

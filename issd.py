@@ -167,8 +167,8 @@ def measured(args):
 def report(args, proc):
     """Print the table of a finished run."""
     metrics = json.loads((Path(args.out) / "metrics.json").read_text())
-    say(proc, fid.table(metrics) if metrics["samples"] else "quality is not measured here (--eval-samples 0)")
-    say(proc, f"{args.out}/last.pt is ready: python sample.py --ckpt {args.out}/last.pt --num 100 --out samples.npz")
+    say(proc, fid.summary(metrics) if metrics["samples"] else "quality is not measured here (--eval-samples 0)")
+    say(proc, f"{args.out}/last.pt is ready: python sample.py --ckpt {args.out}/last.pt --num-samples 100 --out samples.npz")
 
 
 def plan(args, info, proc, grid):
@@ -233,7 +233,7 @@ def fill_defaults(args, info):
     if not 0 <= args.lam <= 1:
         raise UserError(f"--lam {args.lam}: must lie between 0 and 1")
     if args.eval_samples and (not digits or args.eval_samples < 2):
-        raise UserError(f"--eval-samples {args.eval_samples}: at least 2, and only for the digits, which alone have a feature network here; else 0")
+        raise UserError(f"--eval-samples {args.eval_samples}: at least 2, and only for the digits; else 0, and fid.py measures what sample.py makes")
     if args.data.startswith("synthetic") and not (args.data[10:].isdigit() and int(args.data[10:])):
         raise UserError(f"--data {args.data}: say how many steps the samples take, as in synthetic:10")
 

@@ -320,7 +320,7 @@ def find_weights(ckpt, wanted):
     return sd
 
 
-def load_weights(net, ckpt, name):
+def load_weights(net, ckpt, name, hint="check --model and --image-size"):
     """Strict load of find_weights(ckpt) into net (float32). A UserError names the first few differences."""
     own = net.state_dict()
     sd = find_weights(ckpt, own.keys())
@@ -330,7 +330,7 @@ def load_weights(net, ckpt, name):
     shapes = [f"{k} {tuple(sd[k].shape)} instead of {tuple(own[k].shape)}" for k in own if k in sd and sd[k].shape != own[k].shape]
     wrong = [f"{what} {len(keys)}: {', '.join(keys[:3])}" for what, keys in (("missing", missing), ("unexpected", extra), ("misshaped", shapes)) if keys]
     if wrong:
-        raise UserError(f"checkpoint {name} does not fit the network ({'; '.join(wrong)}); check --model and --image-size")
+        raise UserError(f"checkpoint {name} does not fit the network ({'; '.join(wrong)}); {hint}")
     net.load_state_dict(sd)
     return net
 
@@ -386,12 +386,21 @@ def local_first(work):
     return result if first else work()
 
 
-def fetch(url, folder, check, sha256=None, tries=3):
+def file_hash(path):
+    """sha256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch(url, folder, check, sha256="", flag="--ckpt", tries=3):
     """Download url below folder once; returns the path. Local rank 0 works, the others wait for it.
 
     The file grows under a temporary name and continues where it broke off (within `tries`, and in the next run).
-    It takes its name only when it has its full length, the published `sha256` where there is one, and check(path)
-    raises no UserError; the hash is recorded beside it. Raises UserError, leaving no file of that name.
+    It takes its name only when it has its full length, the published `sha256` (or its beginning) where there is one, and check(path)
+    raises no UserError; the hash is recorded beside it. Raises UserError, leaving no file of that name. flag: what takes a path instead.
     """
     path = Path(folder) / hashlib.sha256(url.encode()).hexdigest()[:8] / url.rsplit("/", 1)[-1]  # many URLs end in the same name
 
@@ -400,28 +409,25 @@ def fetch(url, folder, check, sha256=None, tries=3):
             return path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = _download(url, path, tries)
-            digest = hashlib.sha256()
-            with open(part, "rb") as f:
-                while block := f.read(1 << 22):
-                    digest.update(block)
+            part = _download(url, path, flag, tries)
+            digest = file_hash(part)
             try:
-                if sha256 and digest.hexdigest() != sha256:
-                    raise UserError(f"sha256 is {digest.hexdigest()}, published is {sha256}")
+                if not digest.startswith(sha256):
+                    raise UserError(f"sha256 is {digest}, published is {sha256}")
                 check(part)
             except UserError as e:
                 part.unlink()
                 raise UserError(f"{url} does not hold what it should and was deleted ({e})")
-            write_text(path.with_name(path.name + ".sha256"), f"{digest.hexdigest()}  {path.name}\n")
+            write_text(path.with_name(path.name + ".sha256"), f"{digest}  {path.name}\n")
             os.replace(part, path)
         except OSError as e:
-            raise UserError(f"cannot fetch {url} into {path.parent}: {e.strerror or e}; free some space, or download it yourself and give --ckpt PATH")
+            raise UserError(f"cannot fetch {url} into {path.parent}: {e.strerror or e}; free some space, or download it yourself and give {flag} PATH")
         return path
 
     return local_first(work)
 
 
-def _download(url, path, tries):
+def _download(url, path, flag, tries):
     for attempt in range(tries):
         try:
             return _download_once(url, path)
@@ -432,7 +438,7 @@ def _download(url, path, tries):
             time.sleep(attempt)
     kept = next(iter(path.parent.glob(path.name + ".*.part")), None)
     kept = f"{kept.stat().st_size:,} bytes are kept in {kept}, the same command continues" if kept else "nothing was kept"
-    raise UserError(f"cannot fetch {url}: {reason} ({kept}); check the connection, or download it yourself and give --ckpt PATH")
+    raise UserError(f"cannot fetch {url}: {reason} ({kept}); check the connection, or download it yourself and give {flag} PATH")
 
 
 def _download_once(url, path):

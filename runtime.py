@@ -159,20 +159,27 @@ def compile_blocks(net):
 
 def run(main, args):
     """main(args); what the user can mend becomes one line from one rank and exit code 2."""
+    code = 0
     try:
         main(args)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except SystemExit as e:
+        code = e.code or 0
     except UserError as e:
         leave(f"error: {e}", 2)
     except OSError as e:
         leave(f"error: {e.strerror or e}{': ' + str(e.filename) if e.filename else ''}; nothing that was saved is lost, mend it and repeat the command", 2)
     except KeyboardInterrupt:
-        leave("interrupted; the same command continues from the last checkpoint", 130)
+        leave("interrupted; what was saved is whole, and a training command continues from it", 130)
     except RuntimeError as e:
         if not dist.is_initialized() or "onnection" not in str(e):
             raise
         leave(f"error: another process of this job was lost ({str(e).splitlines()[0][:100]}); the last checkpoint stands, the same command continues from it", 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)  # important! a thread of gloo that drops its last tensor while the interpreter is ending aborts the process
+    if code:
+        sys.exit(code)
 
 
 def leave(line, code):
@@ -428,9 +435,9 @@ class Log:
         self.bar.close()
 
 
-def bar(proc, total, desc, initial=0):
+def bar(proc, total, desc, initial=0, quiet=False):
     """A progress bar on rank 0's stderr; in a file it is drawn now and then."""
-    return tqdm(total=total, desc=desc, initial=initial, disable=not proc.main, leave=False, mininterval=0.3 if sys.stderr.isatty() else 10)
+    return tqdm(total=total, desc=desc, initial=initial, disable=quiet or not proc.main, leave=False, mininterval=0.3 if sys.stderr.isatty() else 10)
 
 
 def say(proc, text):

@@ -2,8 +2,8 @@
 
     python sample.py --ckpt runs/issd/last.pt                              40 samples -> samples.png
     python sample.py --ckpt A.pt --compare B.pt                            two models on the same noise, one below the other
-    python sample.py --ckpt X.pt --num 2000 --out samples.npz              arr_0 uint8 NHWC, arr_1 labels, as ADM's evaluator reads them
-    torchrun --nproc_per_node 8 sample.py --ckpt X.pt --num 50000 --out samples.npz
+    python sample.py --ckpt X.pt --num-samples 2000 --out samples.npz              arr_0 uint8 NHWC, arr_1 labels, as ADM's evaluator reads them
+    torchrun --nproc_per_node 8 sample.py --ckpt X.pt --num-samples 50000 --out samples.npz
 
 Steps, grid and guidance come from the checkpoint; upstream DiT weights need --model. A latent model gives latents
 (float32 NCHW, divided by their scale), for a decoder to turn into images.
@@ -22,7 +22,7 @@ from runtime import Processes, UserError, say
 
 def main(args):
     proc, out = Processes(args.amp), Path(args.out)
-    runtime.check_positive(args, "num")
+    runtime.check_positive(args, "num_samples")
     if out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {out}: must end in .png (a grid) or .npz (arrays)")
     if args.compare and out.suffix != ".png":
@@ -35,7 +35,7 @@ def main(args):
         if info["scale"] is not None and out.suffix == ".png":
             raise UserError("this model makes latents, not images: give --out a name ending in .npz, and decode them with the model's autoencoder")
         denoise = proc.mixed(proc.frozen(net))
-        parts = list(data.sample_chunks(denoise, info, proc, args.num, args.seed, args.nfe, args.cfg, args.label, desc=Path(ckpt).name))
+        parts = list(data.sample_chunks(denoise, info, proc, args.num_samples, args.seed, args.nfe, args.cfg, args.label, desc=Path(ckpt).name))
         blocks.append((proc.gather([(i, x.cpu().numpy()) for i, x, _ in parts]), proc.gather([(i, y.cpu().numpy()) for i, _, y in parts])))
     if proc.main:
         x, y = blocks[0]
@@ -52,7 +52,7 @@ def main(args):
             raise UserError(f"--out {out}: cannot write ({e.strerror or e}); choose another place")
         if info["scale"] is not None:
             say(proc, f"arr_0 are latents divided by {info['scale']}, as the autoencoder's decoder takes them (stabilityai/sd-vae-ft-ema for DiT)")
-        say(proc, f"{out}: {args.num} samples of {' and '.join([args.ckpt] + ([args.compare] if args.compare else []))}")
+        say(proc, f"{out}: {args.num_samples} samples of {' and '.join([args.ckpt] + ([args.compare] if args.compare else []))}")
 
 
 def parser():
@@ -61,7 +61,7 @@ def parser():
     p.add_argument("--compare", help="a second checkpoint, drawn below the first")
     p.add_argument("--model", help="DiT-XL/2, ...: for files that do not say what they are")
     p.add_argument("--image-size", type=int, default=256, choices=[256, 512])
-    p.add_argument("--num", type=int, default=40)
+    p.add_argument("--num-samples", type=int, default=40)
     p.add_argument("--nfe", type=int, help="steps; default: as trained, else 50")
     p.add_argument("--cfg", type=float, help="guidance (1: none); default: as trained")
     p.add_argument("--label", type=int, help="one class; default: all in turn")

@@ -55,7 +55,7 @@ def job(key):
                 issd.main(issd.parser().parse_args(f"{common} --nfe 10 --lam {lam} --reading {kind} --eval-samples 0".split()))
         net, info = models.load_model(ckpt)
         x, y = data.sample_images(proc.mixed(proc.frozen(net)), info, proc, 2000, noise, nfe, 1.0)
-    return key, {name: fid.evaluate(x, y, name) for name in NETWORKS}
+    return key, {name: fid.evaluate(x, y, proc, name) for name in NETWORKS}
 
 
 def run_all(keys, done, file, jobs):

@@ -6,16 +6,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, checkpoint, torchrun
+from conftest import checkpoint, torchrun
 from PIL import Image
 
+import fid
 import issd
 import models
 import runtime
 import sample
 import train
 
-MODULES = {"issd": issd, "train": train, "sample": sample}
+MODULES = {"issd": issd, "train": train, "sample": sample, "fid": fid}
 
 
 @pytest.fixture
@@ -33,6 +34,16 @@ def fails(capsys, monkeypatch, tmp_path):
         assert complaints[0].startswith(f"{module}.py: error: ")
         return complaints[0]
     return call
+
+
+def test_flags_pass_torchrun():
+    """torchrun completes abbreviations of its own flags also behind the script's name: --num would be its --numa-binding."""
+    from torch.distributed.run import get_args_parser
+    theirs = [s for action in get_args_parser()._actions for s in action.option_strings]
+    for name, module in MODULES.items():
+        for action in module.parser()._actions:
+            for flag in action.option_strings:
+                assert flag in ("-h", "--help") or not any(t.startswith(flag) for t in theirs), (name, flag)
 
 
 def quick(ckpt, out="out", *more):
@@ -173,7 +184,7 @@ def test_output_folder(fails, tmp_path, ckpt):
     assert "cannot write" in fails("sample", "--ckpt", ckpt, "--out", "/proc/x.png")
     assert "must end in .png" in fails("sample", "--ckpt", ckpt, "--out", "x.jpg")
     assert "--label 10" in fails("sample", "--ckpt", ckpt, "--label", 10)
-    assert "--num" in fails("sample", "--ckpt", ckpt, "--num", 0)
+    assert "--num-samples" in fails("sample", "--ckpt", ckpt, "--num", 0)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "last.pt").write_bytes(b"damaged")
     assert "damaged" in fails("issd", *quick(ckpt, "full"))

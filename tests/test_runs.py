@@ -160,7 +160,7 @@ def test_the_latent_path_in_small(tmp_path):
                     "--log-every", 1, "--out", tmp_path / "issd", env={"MINDISTILL_CACHE": str(tmp_path / "cache")})
     assert "12 samples of the base model itself, 3 steps, guidance 1.5" in done.stdout and "quality is not measured" in done.stdout
     assert len(losses(tmp_path / "issd")) == 3 and min(losses(tmp_path / "issd")) > 0 and len(list((tmp_path / "cache").glob("synthetic-*-3steps-cfg1.5-*-12"))) == 1
-    script("sample.py", "--ckpt", tmp_path / "issd" / "last.pt", "--num", 3, "--out", tmp_path / "x.npz")
+    script("sample.py", "--ckpt", tmp_path / "issd" / "last.pt", "--num-samples", 3, "--out", tmp_path / "x.npz")
     with np.load(tmp_path / "x.npz") as f:
         assert f["arr_0"].shape == (3, 4, 8, 8) and f["arr_0"].dtype == np.float32
     assert script("sample.py", "--ckpt", tmp_path / "issd" / "last.pt", "--out", tmp_path / "x.png", check=False).returncode == 2
