@@ -7,6 +7,8 @@ factor latents were multiplied by) and len(). Pixels are in [-1, 1].
 import itertools
 import json
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from models import local_first
 from runtime import CACHE, StepRandom, UserError, bar, generator, write_text
-from solvers import guide, make_schedule, sample, schedule_grid
+from solvers import PROJECTIONS, guide, lcm_grid, make_schedule, sample, schedule_grid
 
 ASSETS = Path(__file__).parent / "assets"
 CHUNK = 250  # samples are drawn in chunks of this many, each from its own seed: the same on any number of processes
@@ -115,9 +117,11 @@ def read_image(path, size=None):
     """An image file -> (H, W, 3) uint8; with `size`, cropped and scaled to (size, size, 3) as ADM does. Raises UserError."""
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"more than 8 bits a channel, mode {image.mode}")
             image = image.convert("RGB")
             return center_crop(image, size) if size else np.array(image)
-    except (OSError, ValueError, SyntaxError) as e:
+    except (OSError, ValueError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError) as e:
         raise UserError(f"image {path}: cannot be read ({e}); mend or remove it")
 
 
@@ -245,15 +249,19 @@ def one_thread(worker):
 # ---------------------------------------------------------------------------------------------------
 
 
-def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, label=None, todo=None, desc="sampling"):
+def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, solver=None, label=None, todo=None, desc="sampling"):
     """Sample `num` images, labels in turn; yields (first index, x (n, C, H, W) float32, y (n,)) of this rank's chunks.
 
-    Sample i depends on (seed, i) alone. nfe, cfg: None means as the checkpoint was trained (its own grid, its own guidance).
+    Sample i depends on (seed, i) alone. nfe, cfg, solver: None means as the checkpoint was trained (its own grid and guidance).
     label: all of this class. todo(chunk) -> bool: skip chunks that are already there.
     """
     schedule = make_schedule(info["schedule"]).to(proc.device)
     nfe = (info["nfe"] or 50) if nfe is None else nfe
-    grid = info["grid"] if info["grid"] and nfe == info["nfe"] else schedule_grid(schedule, None, nfe)
+    solver = solver or info["solver"]
+    if info["grid"] and nfe == info["nfe"]:
+        grid = info["grid"]
+    else:
+        grid = lcm_grid(nfe, schedule.T) if solver == "lcm" else schedule_grid(schedule, None, nfe)
     guided = guide(net, info["cfg"] if cfg is None else cfg)
     chunks = [c for c in range((num + CHUNK - 1) // CHUNK) if c % proc.world == proc.rank and (todo is None or todo(c))]
     arch, K = info["arch"], info["classes"]
@@ -263,12 +271,14 @@ def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, label=None, to
             noise = torch.randn(n, arch["in_channels"], arch["input_size"], arch["input_size"],
                                 generator=generator(proc.device, seed, c, 4), device=proc.device)
             y = torch.arange(c * CHUNK, c * CHUNK + n, device=proc.device) % max(K, 1) if label is None else torch.full((n,), label, device=proc.device)
-            yield c * CHUNK, sample(guided, noise, y, schedule, grid, info["prediction"], on_step=progress.update), y
+            fresh = generator(proc.device, seed, c, 6)
+            yield c * CHUNK, sample(guided, noise, y, schedule, grid, info["prediction"], on_step=progress.update, solver=solver, project=PROJECTIONS[info["threshold"]],
+                                    noise=lambda x: torch.randn(x.shape, generator=fresh, device=x.device)), y
 
 
-def sample_images(net, info, proc, num, seed, nfe=None, cfg=None, desc="sampling"):
+def sample_images(net, info, proc, num, seed, nfe=None, cfg=None, solver=None, desc="sampling"):
     """Samples of a pixel model as (num, C, H, W) uint8 and their labels (num,), the same on every rank."""
-    parts = [(i, to_uint8(x).cpu().numpy(), y.cpu().numpy()) for i, x, y in sample_chunks(net, info, proc, num, seed, nfe, cfg, desc=desc)]
+    parts = [(i, to_uint8(x).cpu().numpy(), y.cpu().numpy()) for i, x, y in sample_chunks(net, info, proc, num, seed, nfe, cfg, solver, desc=desc)]
     return proc.gather([(i, x) for i, x, _ in parts]), proc.gather([(i, y) for i, _, y in parts])
 
 

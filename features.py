@@ -11,6 +11,7 @@ what it is: network and resizing for FID's Inception, as numbers from different 
 import os
 import re
 import zipfile
+import zlib
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -50,12 +51,13 @@ class Inception(nn.Module):
     def __init__(self, weights, name, resize):
         super().__init__()
         net = inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+        weights = models.find_weights(weights, net.state_dict().keys())
         for key, value in net.state_dict().items():
             if key.endswith("num_batches_tracked"):  # not in the published file, and of no use here
                 weights.setdefault(key, value)
         self.net = models.load_weights(net, weights, name, hint="it is not the Inception network of FID").eval()
         self.name, self.resize = f"{name}/{resize}", RESIZE[resize]
-        self.conv = net.Mixed_6d.branch1x1.conv.weight[:7].detach().clone()
+        self.register_buffer("conv", net.Mixed_6d.branch1x1.conv.weight[:7].detach().clone(), persistent=False)
         for block in (net.Mixed_5b, net.Mixed_5c, net.Mixed_5d):
             block.forward = partial(mixed_5, block)
         for block in (net.Mixed_6b, net.Mixed_6c, net.Mixed_6d, net.Mixed_6e):
@@ -158,10 +160,12 @@ class TorchvisionNet(nn.Module):
             self.net = models.local_first(lambda: torchvision.models.get_model(name, weights=weights))
         except ValueError as e:
             raise UserError(f"--features torchvision-{name}: {e}")
-        except OSError as e:
+        except (OSError, RuntimeError) as e:
             raise UserError(f"--features torchvision-{name}: torchvision cannot fetch its weights ({e}); put them into {torch.hub.get_dir()}/checkpoints yourself")
         self.name, self.prepare = f"torchvision-{name}", weights.transforms()
-        last = [m for m in self.net.modules() if isinstance(m, nn.Linear)][-1]
+        last = ([None] + [m for m in self.net.modules() if isinstance(m, nn.Linear)])[-1]
+        if last is None:
+            raise UserError(f"--features torchvision-{name}: has no linear layer, whose input would be its features; choose another")
         self.dim = last.in_features
         last.register_forward_pre_hook(lambda m, inputs: setattr(self, "features", inputs[0]))
 
@@ -185,8 +189,10 @@ def load_features(name="inception", resize="adm", device="cpu"):
         path = Path(name)
         if name == "inception":
             path = models.fetch(INCEPTION, runtime.CACHE, check=models.read_file, sha256=published, flag="--features")
+        if not path.is_file():
+            raise UserError(f"--features {path}: no such file")
         held, digest = models.read_file(path), models.file_hash(path)
-        told = re.search(r"-([0-9a-f]{8})\.", path.name)
+        told = re.search(r"inception.*-([0-9a-f]{8})\.", path.name)
         if told and not digest.startswith(told[1]):
             raise UserError(f"{path}: its sha256 begins with {digest[:8]}, not as its name says; it is damaged: fetch it again")
         known = digest.startswith(published)
@@ -230,7 +236,7 @@ def in_slices(name, x, y=None, num=None, size=None, workers=0):
 
     def batches(proc, batch):
         mine = [slice(i, min(i + batch, len(x))) for i in range(0, len(x), batch)][proc.rank::proc.world]
-        loader = torch.utils.data.DataLoader(Slices(x, y, size), sampler=mine, batch_size=None, num_workers=min(workers, len(mine)),
+        loader = torch.utils.data.DataLoader(Slices(x, y, size), sampler=mine, batch_size=None, num_workers=min(workers, len(mine), os.cpu_count()),
                                              pin_memory=proc.device.type == "cuda", worker_init_fn=data.one_thread)
         for s, (images, labels) in zip(mine, data.plainly(loader)):
             yield s.start, images, labels
@@ -238,6 +244,8 @@ def in_slices(name, x, y=None, num=None, size=None, workers=0):
 
 
 def from_checkpoint(path, num, nfe, cfg, seed, proc):
+    if "format" not in models.read_file(path):
+        raise UserError(f"{path} does not say how to sample it: do that with sample.py --model, and give the .npz")
     net, info = models.load_model(path)
     if info["scale"] is not None:
         raise UserError(f"{path} makes latents, not images: sample them, decode them with the model's autoencoder, and give the images")
@@ -245,6 +253,8 @@ def from_checkpoint(path, num, nfe, cfg, seed, proc):
 
     def batches(proc, batch):
         for first, x, y in data.sample_chunks(denoise, info, proc, num, seed, nfe, cfg, desc=Path(path).name):
+            if not x.isfinite().all():
+                raise UserError(f"{path}: samples {first} to {first + len(x) - 1} are not finite; look at the checkpoint")
             for i in range(0, len(x), batch):
                 yield first + i, to_uint8(x[i:i + batch]), y[i:i + batch]
     return Images(f"{path}, {info['nfe'] or 50 if nfe is None else nfe} steps, guidance {info['cfg'] if cfg is None else cfg:g}, seed {seed}", num, batches)
@@ -261,6 +271,8 @@ def npz_member(path, name):
             f.seek(sum(np.frombuffer(f.read(4), "<u2").tolist()), os.SEEK_CUR)  # the name and the extra field
             version = np.lib.format.read_magic(f)
             shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(f)
+            if dtype.hasobject:  # important! they would be addresses
+                raise ValueError(f"{name} holds Python objects")
             return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
 
 
@@ -282,7 +294,7 @@ def open_images(path, args, proc, num=None):
         x = data.load(path)
         return in_slices(path, x.x.permute(0, 2, 3, 1).numpy(), x.y, num), None
     if Path(path).is_dir():
-        files = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in data.ImageFolder.ENDINGS)
+        files = sorted(os.path.join(d, f) for d, _, names in os.walk(path, followlinks=True) for f in names if Path(f).suffix.lower() in data.ImageFolder.ENDINGS)
         if not files:
             raise UserError(f"{path}: no images there (looked for {', '.join(sorted(data.ImageFolder.ENDINGS))})")
         return in_slices(path, files, None, num, args.image_size, workers=8), None
@@ -291,12 +303,16 @@ def open_images(path, args, proc, num=None):
     if Path(path).suffix in (".pt", ".pth", ".ckpt"):
         return from_checkpoint(path, num or 50_000, args.nfe, args.cfg, args.seed, proc), None
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no zip archive")
         with np.load(path) as f:
             keys = set(f.files)
             statistics = {k: f[k] for k in keys - {"arr_0", "arr_1"}} if {"mu", "sigma"} <= keys else None
         images = check_images(npz_member(path, "arr_0"), path) if "arr_0" in keys else None
-        labels = npz_member(path, "arr_1") if "arr_1" in keys else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        labels = np.array(npz_member(path, "arr_1")) if images is not None and "arr_1" in keys else None
+        if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+            labels = None  # something else than one class for each image
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"{path}: cannot be read as .npz ({type(e).__name__}: {str(e)[:100]}); it is damaged or something else")
     if images is None and statistics is None:
         raise UserError(f"{path}: holds neither images (arr_0) nor statistics (mu and sigma), but {', '.join(sorted(keys)[:5]) or 'nothing'}")

@@ -17,7 +17,8 @@ network and the resizing make up the name that is printed with every result and 
     torchvision-resnet50, ...           --features torchvision-NAME: any classifier of torchvision
     digits-cnn, digits-mlp              --features digits-cnn: small classifiers of the embedded digits
 
-The Inception Score is taken over chunks of 5,000 samples in their order, as published: samples should not be sorted by class.
+The Inception Score is taken over chunks of 5,000 samples in their order, as published: samples should
+not be sorted by class. Folders are read in alphabetical order, sub-folders included.
 
 Differences from the ADM evaluator: distances for precision and recall are exact instead of half precision; the Frechet distance needs
 no matrix square root and is right for singular covariances; a reference of more than 10,000 images keeps for
@@ -130,8 +131,14 @@ def precision_recall(real, fake, k=3, block=4096, quiet=True):
     if min(len(real), len(fake)) <= k:
         raise UserError(f"precision and recall with {k} neighbours need more than {k} images on each side, there are {len(real)} and {len(fake)}")
     parts = lambda x: [slice(i, i + block) for i in range(0, len(x), block)]
-    # important! float64: equal pairs must give equal distances in whatever block they meet, for `<=` to mean something
-    distances = lambda a, b: torch.cdist(a.double(), b.double(), compute_mode="use_mm_for_euclid_dist").float()
+
+    def distances(a, b):
+        """Squared, (n, m). important! float64, and no rounding noise around 0: equal pairs must give equal distances for `<=` to mean something."""
+        a, b = a.double(), b.double()
+        norms = a.square().sum(1)[:, None] + b.square().sum(1)
+        d = torch.addmm(norms, a, b.T, alpha=-2)
+        return d.masked_fill_(d < 1e-11 * norms, 0).float()
+
     r, f = len(parts(real)), len(parts(fake))
     progress = tqdm(total=(r * (r + 1) + f * (f + 1)) // 2 + r * f, desc="precision and recall", disable=quiet, leave=False, mininterval=0.3 if sys.stderr.isatty() else 10)
 
@@ -172,8 +179,10 @@ def full_precision():
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
-    yield
-    matmul.allow_tf32, cudnn.allow_tf32 = before
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 @torch.inference_mode()
@@ -181,7 +190,7 @@ def measure(images, net, proc, batch=64, keep=None, quiet=False):
     """Run all images through net, on all ranks; the same result on each of them. Returns a dict:
 
     name, count, features (the network's name); mu, sigma of the features; mu_s, sigma_s of the spatial ones, where there are any; kept: at most
-    `keep` features (n, dim) for precision and recall; labels (n,), where the images have them, all were kept and net can tell them.
+    `keep` features (n, dim) for precision and recall; complete: they are all; labels (n,), where the images have them, all were kept and net can tell them.
     """
     keep = min(keep or images.count, images.count)
     plain, spatial = Statistics(net.dim, proc.device), Statistics(net.spatial or 1, proc.device)
@@ -191,7 +200,7 @@ def measure(images, net, proc, batch=64, keep=None, quiet=False):
             if keep == images.count:  # all, in their order
                 keys.append(np.arange(first, first + len(x), dtype=np.uint64))
             else:  # those with the smallest hash of their pixels: the same ones in any order
-                keys.append(np.array([int.from_bytes(hashlib.blake2b(v.tobytes(), digest_size=8).digest(), "big") for v in x.cpu().numpy()], np.uint64))
+                keys.append(np.array([int.from_bytes(hashlib.blake2b(v.tobytes(), digest_size=8).digest(), "big") for v in x.cpu().permute(0, 2, 3, 1).numpy()], np.uint64))
             f, s = net(x.to(proc.device, non_blocking=True))
             plain.update(f)
             if net.spatial:
@@ -202,10 +211,12 @@ def measure(images, net, proc, batch=64, keep=None, quiet=False):
             if sum(map(len, keys)) > keep + max(keep, 1000):
                 keys, kept = smallest(keep, keys, kept)
             progress.update(min(len(x) * proc.world, images.count - progress.n))
+    if keep < images.count:
+        keys, kept = smallest(keep, keys, kept)
     everyone = lambda parts: [proc.gather([(proc.rank, part)]) for part in parts]
     keys, kept, labels = everyone([np.concatenate(keys), torch.cat(kept).cpu().numpy(), torch.cat(labels).cpu().numpy()])
     order = np.argsort(keys, kind="stable")[:keep]
-    out = {"name": images.name, "count": images.count, "features": net.name, "kept": kept[order]}
+    out = {"name": images.name, "count": images.count, "features": net.name, "kept": kept[order], "complete": keep == images.count}
     out["mu"], out["sigma"] = plain.reduce(proc).result()
     if net.spatial:
         out["mu_s"], out["sigma_s"] = spatial.reduce(proc).result()
@@ -230,11 +241,15 @@ def distances(a, b, net=None, device="cpu", quiet=True):
     if "mu_s" in a and "mu_s" in b:
         row["sfd"] = frechet_distance(*(t(m[k]) for m in (a, b) for k in ("mu_s", "sigma_s")))
     if "kept" in a and "kept" in b:
-        if hasattr(net, "logits") and len(a["kept"]) == a["count"]:
+        if hasattr(net, "logits") and a["complete"]:
             row["is"] = inception_score(net.logits(t(a["kept"])))
-        row["precision"], row["recall"] = precision_recall(t(b["kept"]), t(a["kept"]), quiet=quiet)
+        if min(len(a["kept"]), len(b["kept"])) > 3:
+            row["precision"], row["recall"] = precision_recall(t(b["kept"]), t(a["kept"]), quiet=quiet)
+        else:
+            warnings.warn("precision and recall need more than 3 images on each side and are left out", stacklevel=2)
     if "labels" in a:
-        row["accuracy"] = float((net.classify(t(a["kept"])).argmax(1) == t(a["labels"])).double().mean())
+        with full_precision():
+            row["accuracy"] = float((net.classify(t(a["kept"])).argmax(1) == t(a["labels"])).double().mean())
     return row
 
 
@@ -294,7 +309,7 @@ def open_statistics(statistics, path, unnamed):
             raise UserError(f"{path} does not say which resizing made it: add --unnamed adm (ADM, EDM and other TensorFlow-like tools) or --unnamed pytorch-fid")
         made = f"inception-2015-12-05/{resize}"
     out = {"name": path, "features": made, "count": int(statistics["count"]) if "count" in statistics else None}
-    out.update({k: np.asarray(statistics[k]) for k in ("mu", "sigma", "mu_s", "sigma_s", "kept") if k in statistics})
+    out.update({k: np.asarray(statistics[k]) for k in ("mu", "sigma", "mu_s", "sigma_s", "kept", "complete") if k in statistics})
     for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if mu in out:
             m, s = out[mu], out.get(sigma, np.empty(0))
@@ -312,6 +327,8 @@ def main(args):
     runtime.check_positive(args, "batch_size")
     if args.num_samples is not None and args.num_samples < 2:
         raise UserError(f"--num-samples {args.num_samples}: a covariance needs at least 2 images")
+    if args.image_size is not None and args.image_size < 1:
+        raise UserError(f"--image-size {args.image_size}: must be positive")
     if args.samples == "ref":
         return make_reference(args, proc)
 
@@ -319,12 +336,15 @@ def main(args):
     paths = args.samples, args.reference
     opened = open_images(args.samples, args, proc, args.num_samples), open_images(args.reference, args, proc)
     net = load_features(args.features, args.resize, proc.device) if any(images for images, _ in opened) else None
+    if opened[0][1] is not None and args.num_samples:
+        raise UserError(f"--num-samples {args.num_samples}: {args.samples} holds statistics of all its images; leave it out")
     held = [statistics and open_statistics(statistics, path, args.unnamed) for path, (_, statistics) in zip(paths, opened)]
     name, dim = (net.name, net.dim) if net else (held[0]["features"], len(held[0]["mu"]))
     for path, h in zip(paths, held):
         if h and h["features"] != name:
-            mend = f"--resize {h['features'][21:]}" if h["features"][:21] == name[:21] == "inception-2015-12-05/" else "the --features it was made with"
-            raise UserError(f"{path} was made with {h['features']}, now it is {name}: numbers of different networks or resizings do not mix; add {mend}, or make it again")
+            mend = f"add --resize {h['features'][21:]}" if h["features"][:21] == name[:21] == "inception-2015-12-05/" else "add the --features it was made with"
+            raise UserError(f"{path} was made with {h['features']}, {'now it is' if net else paths[0] + ' with'} {name}: numbers of different networks or resizings "
+                            f"do not mix; {mend if net else 'make one of them again'}")
         if h and len(h["mu"]) != dim:
             raise UserError(f"{path} holds statistics of {len(h['mu'])} features, {name} has {dim}")
     a, b = ({**(measure(images, net, proc, args.batch_size, keep) if images else {}), **(h or {})}
@@ -344,21 +364,22 @@ def main(args):
 
 def make_reference(args, proc):
     """python fid.py ref PATH --out stats.npz"""
-    images, _ = open_images(args.reference, args, proc, args.num_samples)
-    if images is None:
-        raise UserError(f"{args.reference} holds statistics already")
+    images, statistics = open_images(args.reference, args, proc, args.num_samples)
+    if statistics is not None:
+        raise UserError(f"{args.reference} holds statistics already: it is a reference")
     if not args.out or not args.out.endswith(".npz"):
         raise UserError("ref makes a file: give --out a name ending in .npz")
+    part = Path(args.out).with_suffix(".tmp")
+    try:  # before hours of work
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    except OSError as e:
+        raise UserError(f"--out {args.out}: cannot write ({e.strerror or e}); choose another place")
     m = measure(images, load_features(args.features, args.resize, proc.device), proc, args.batch_size, REFERENCE)
     if proc.main:
-        out, arrays = Path(args.out), {k: np.asarray(v.cpu() if torch.is_tensor(v) else v) for k, v in m.items()}
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with open(out.with_suffix(".tmp"), "wb") as f:
-                np.savez(f, **arrays)
-            os.replace(out.with_suffix(".tmp"), out)
-        except OSError as e:
-            raise UserError(f"--out {out}: cannot write ({e.strerror or e}); choose another place")
+        with open(part, "wb") as f:
+            np.savez(f, **{k: np.asarray(v.cpu() if torch.is_tensor(v) else v) for k, v in m.items()})
+        os.replace(part, args.out)
     say(proc, f"{args.out}: statistics of {m['count']:,} images of {m['name']}, {len(m['kept']):,} kept for precision and recall; features {m['features']}")
 
 

@@ -148,20 +148,23 @@ class DiT(nn.Module):
     num_classes  K; labels are 0..K-1 and K is the null label, so K = 0 is an unconditional network
     learn_sigma  twice as many output channels: the prediction, then the interpolation coefficients of
                  the reverse variance (only the DDPM sampler reads them)
+    guidance     takes the scale w of guidance as an input: its embedding starts at zero, so that a network
+                 without one opens here unchanged (ours, after Meng et al., "On Distillation of Guided Diffusion Models")
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 num_classes=1000, learn_sigma=True):
+                 num_classes=1000, learn_sigma=True, guidance=False):
         super().__init__()
         self.arch = dict(net="DiT", input_size=input_size, patch_size=patch_size, in_channels=in_channels,
                          hidden_size=hidden_size, depth=depth, num_heads=num_heads, num_classes=num_classes,
-                         learn_sigma=learn_sigma)
-        self.patch_size, self.num_classes = patch_size, num_classes
+                         learn_sigma=learn_sigma, **({"guidance": True} if guidance else {}))
+        self.patch_size, self.num_classes, self.guidance = patch_size, num_classes, guidance
         self.sample_shape = (in_channels, input_size, input_size)
         side, out_channels = input_size // patch_size, in_channels * (2 if learn_sigma else 1)
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.w_embedder = TimestepEmbedder(hidden_size) if guidance else None
         self.pos_embed = nn.Parameter(torch.zeros(1, side * side, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
@@ -181,7 +184,8 @@ class DiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for layer in [b.adaLN_modulation[1] for b in self.blocks] + [self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+        zero = [b.adaLN_modulation[1] for b in self.blocks] + [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
+        for layer in zero + ([self.w_embedder.mlp[2]] if self.guidance else []):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -191,8 +195,8 @@ class DiT(nn.Module):
         h = h.view(B, side, side, p, p, -1)                             # (B, rows, cols, p, p, C)
         return torch.einsum("nhwpqc->nchpwq", h).reshape(B, -1, side * p, side * p)
 
-    def forward(self, x, t, y, tap=None):
-        """Noisy x (B, C, H, W), timesteps t (B,), labels y (B,) long -> (B, C or 2C, H, W).
+    def forward(self, x, t, y, w=None, tap=None):
+        """Noisy x (B, C, H, W), timesteps t (B,), labels y (B,) long, guidance scales w (B,) if it takes them -> (B, C or 2C, H, W).
 
         tap(l, h) -> h sees the output of block l = 0..depth-1, (B, T, D), and at l = depth the network's
         output, (B, C or 2C, H, W); what it returns takes the place of what it was given.
@@ -200,6 +204,8 @@ class DiT(nn.Module):
         tap = tap or (lambda l, h: h)
         h = self.x_embedder(x) + self.pos_embed                         # (B, T, D), T = (H / patch) * (W / patch)
         c = self.t_embedder(t) + self.y_embedder(y)                     # (B, D)
+        if self.guidance:
+            c = c + self.w_embedder(1000 * w)
         for l, block in enumerate(self.blocks):
             h = tap(l, block(h, c))                                     # (B, T, D)
         return tap(len(self.blocks), self.unpatchify(self.final_layer(h, c)))
@@ -232,6 +238,15 @@ def build(arch):
     return {"DiT": DiT}[arch.pop("net")](**arch)
 
 
+def with_guidance(net):
+    """A DiT -> the same function as a network that takes the scale of guidance as an input, which it ignores at first."""
+    new = build({**net.arch, "guidance": True})
+    missing, extra = new.load_state_dict(net.state_dict(), strict=False)
+    if extra or any(not k.startswith("w_embedder.") for k in missing):
+        raise UserError("this network cannot be made to take the scale of guidance")
+    return new
+
+
 def fill_random(net, std=0.02, seed=0):
     """Fill all parameters with N(0, std^2). A fresh DiT outputs exactly zero, which makes tests and
     benchmarks of a distillation loss vacuous; this one does not."""
@@ -246,7 +261,7 @@ def count(arch):
     with torch.device("meta"):
         net, x = build(arch), torch.empty(1, arch["in_channels"], arch["input_size"], arch["input_size"])
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(x, torch.zeros(1), torch.zeros(1, dtype=torch.long))
+            net(x, torch.zeros(1), torch.zeros(1, dtype=torch.long), torch.ones(1))
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
 
 
@@ -260,7 +275,7 @@ UPSTREAM = {
 }
 
 # What an upstream DiT file does not say of itself.
-DIT_DEFAULTS = dict(prediction="eps", schedule="linear", scale=0.18215, grid=None, nfe=None, cfg=1.5, method=None)
+DIT_DEFAULTS = dict(prediction="eps", schedule="linear", scale=0.18215, grid=None, nfe=None, cfg=1.5, method=None, solver="ddim", threshold="off")
 
 
 def read_safetensors(path):
@@ -336,7 +351,8 @@ def load_weights(net, ckpt, name, hint="check --model and --image-size"):
 
 
 def describe(ckpt, name=None, image_size=256):
-    """What a checkpoint is, without its weights: prediction, schedule, scale, classes, grid, nfe, cfg, method, arch, name.
+    """What a checkpoint is, without its weights: prediction, schedule, scale, classes, grid, nfe, cfg, solver,
+    threshold, method, arch, name.
 
     ckpt: a path, or None for the released network called `name`. Our own files say all this themselves; for upstream DiT
     weights it follows from `name` ("DiT-XL/2") and `image_size` (256 or 512).
@@ -347,6 +363,7 @@ def describe(ckpt, name=None, image_size=256):
             raise UserError(f"checkpoint {ckpt}: format {held['format']}, this code reads format 1")
         if name and name != held["name"]:
             raise UserError(f"checkpoint {ckpt} holds {held['name']}, not --model {name}; leave --model out")
+        held = {"solver": "ddim", "threshold": "off", **held}
         return {k: held[k] for k in ("name", "arch", "classes", *DIT_DEFAULTS)}
     if not name:
         raise UserError(f"checkpoint {ckpt} does not say what it is; name it with --model, for example DiT-XL/2")

@@ -89,7 +89,8 @@ class Processes:
         """net's forward under bf16 autocast if so chosen, giving float32: half precision never leaves the call."""
         def call(*args, **kwargs):
             with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-                return net(*args, **kwargs).float()
+                out = net(*args, **kwargs)
+            return tuple(o.float() for o in out) if isinstance(out, tuple) else out.float()
         call.net = getattr(net, "module", net)
         call.num_classes = call.net.num_classes
         return call
@@ -123,6 +124,14 @@ class Processes:
         """This rank's rows of something that has one row per sample of the global batch."""
         n = len(whole) // self.world
         return whole[self.rank * n:(self.rank + 1) * n]
+
+    def whole(self, rows, dim=0):
+        """The inverse of rows(): every rank's share of a tensor, put together on all ranks."""
+        if self.world == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts, dim)
 
     def any(self, flag):
         """True on all ranks if it is true on one."""
@@ -340,10 +349,10 @@ def plain(args):
     return {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in vars(args).items()}
 
 
-def save(args, proc, state):
-    """Write args.out/last.pt on rank 0: to a temporary file, flushed to the disk, then moved into place."""
+def save(args, proc, state, name="last.pt"):
+    """Write args.out/name on rank 0: to a temporary file, flushed to the disk, then moved into place."""
     if proc.main:
-        last = Path(args.out) / "last.pt"
+        last = Path(args.out) / name
         temporary = last.with_suffix(".tmp")
         try:
             with open(temporary, "wb") as f:

@@ -18,6 +18,7 @@ import data
 import models
 import runtime
 from runtime import Processes, UserError, say
+from solvers import SOLVERS
 
 
 def main(args):
@@ -35,7 +36,7 @@ def main(args):
         if info["scale"] is not None and out.suffix == ".png":
             raise UserError("this model makes latents, not images: give --out a name ending in .npz, and decode them with the model's autoencoder")
         denoise = proc.mixed(proc.frozen(net))
-        parts = list(data.sample_chunks(denoise, info, proc, args.num_samples, args.seed, args.nfe, args.cfg, args.label, desc=Path(ckpt).name))
+        parts = list(data.sample_chunks(denoise, info, proc, args.num_samples, args.seed, args.nfe, args.cfg, args.solver, args.label, desc=Path(ckpt).name))
         blocks.append((proc.gather([(i, x.cpu().numpy()) for i, x, _ in parts]), proc.gather([(i, y.cpu().numpy()) for i, _, y in parts])))
     if proc.main:
         x, y = blocks[0]
@@ -64,6 +65,7 @@ def parser():
     p.add_argument("--num-samples", type=int, default=40)
     p.add_argument("--nfe", type=int, help="steps; default: as trained, else 50")
     p.add_argument("--cfg", type=float, help="guidance (1: none); default: as trained")
+    p.add_argument("--solver", choices=SOLVERS, help="default: as trained")
     p.add_argument("--label", type=int, help="one class; default: all in turn")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--amp", choices=["auto", "bf16", "off"], default="auto")

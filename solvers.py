@@ -88,18 +88,40 @@ def add_noise(schedule, x0, eps, t):
 # ---------------------------------------------------------------------------------------------------
 
 
-def to_x0_eps(schedule, x, out, t, prediction="eps"):
-    """A network's output at x_t -> its (x0, eps). v = alpha eps - sigma x0 (VP); velocity = eps - x0 (interpolant)."""
+def to_x0_eps(schedule, x, out, t, prediction="eps", project=None):
+    """A network's output at x_t -> its (x0, eps). v = alpha eps - sigma x0 (VP); velocity = eps - x0 (interpolant).
+
+    project(x0) -> x0 brings the prediction into the data's domain (PROJECTIONS); eps then follows from it.
+    """
     alpha, sigma = schedule.at(t, x)
     if prediction == "eps":
-        return (x - sigma * out) / alpha, out
-    if prediction == "x0":
-        return out, (x - alpha * out) / sigma
-    if prediction == "v":
-        return alpha * x - sigma * out, sigma * x + alpha * out
-    if prediction == "velocity":
-        return x - sigma * out, x + alpha * out
-    raise UserError(f"prediction {prediction}: unknown; choose eps, x0, v or velocity")
+        x0, eps = (x - sigma * out) / alpha, out
+    elif prediction == "x0":
+        x0, eps = out, (x - alpha * out) / sigma
+    elif prediction == "v":
+        x0, eps = alpha * x - sigma * out, sigma * x + alpha * out
+    elif prediction == "velocity":
+        x0, eps = x - sigma * out, x + alpha * out
+    else:
+        raise UserError(f"prediction {prediction}: unknown; choose eps, x0, v or velocity")
+    if project:
+        x0 = project(x0)
+        eps = (x - alpha * x0) / sigma
+    return x0, eps
+
+
+def clamp_pixels(x0):
+    """Pixels lie in [-1, 1]."""
+    return x0.clamp(-1, 1)
+
+
+def clamp_quantile(x0, q=0.995, floor=1.0):
+    """For latents, whose range is unknown: each sample to +- the q-quantile of its own absolute values, at least floor."""
+    bound = column(x0.flatten(1).abs().quantile(q, dim=1).clamp(min=floor), x0)
+    return x0.clamp(-bound, bound)
+
+
+PROJECTIONS = {"off": None, "clamp": clamp_pixels, "quantile": clamp_quantile}  # thresholding; a discretised reflected diffusion
 
 
 def from_x0_eps(schedule, x0, eps, t, prediction="eps"):
@@ -163,10 +185,34 @@ def halve_grid(grid):
 # ---------------------------------------------------------------------------------------------------
 
 
-def ddim_step(schedule, x, out, t, u, prediction="eps"):
+def ddim_step(schedule, x, out, t, u, prediction="eps", project=None):
     """Deterministic DDIM from t to u, x_u = alpha_u x0(x_t) + sigma_u eps(x_t); on the interpolant this is Euler's step."""
-    x0, eps = to_x0_eps(schedule, x, out, t, prediction)
+    x0, eps = to_x0_eps(schedule, x, out, t, prediction, project)
     return add_noise(schedule, x0, eps, u)
+
+
+def dpmpp_step(schedule, x, x0, t, u, before=None):
+    """DPM-Solver++(2M) from t to u. before: (x0, timestep) of the step before, None for a first-order step (which is DDIM's)."""
+    (alpha_t, sigma_t), (alpha_u, sigma_u) = schedule.at(t, x), schedule.at(u, x)
+    if before is not None:
+        x0_s, (alpha_s, sigma_s) = before[0], schedule.at(before[1], x)
+        lmb_s, lmb_t, lmb_u = ((a / s).log() for a, s in ((alpha_s, sigma_s), (alpha_t, sigma_t), (alpha_u, sigma_u)))
+        x0 = x0 + (x0 - x0_s) * (lmb_u - lmb_t) / (2 * (lmb_t - lmb_s))
+    return sigma_u / sigma_t * x + (alpha_u - sigma_u / sigma_t * alpha_t) * x0
+
+
+def lcm_boundary(schedule, x, x0, t):
+    """The consistency function of LCM, f = c_skip x_t + c_out x0, which is x_t at t = 0; sigma_data = 0.5, time times 10."""
+    t = column(torch.as_tensor(t, device=x.device) * 10, x)
+    return (0.25 * x + t * (t ** 2 + 0.25).sqrt() * x0) / (t ** 2 + 0.25)
+
+
+def lcm_grid(nfe, T=1000, skip=20):
+    """nfe of the T / skip nodes skip j - 1 on which consistency was distilled, evenly from the noisiest, then clean."""
+    nodes = list(range(skip - 1, T, skip))[::-1]
+    if not 1 <= nfe <= len(nodes):
+        raise UserError(f"--nfe {nfe}: must lie between 1 and the {len(nodes)} nodes that a consistency model knows")
+    return [nodes[len(nodes) * i // nfe] for i in range(nfe)] + [-1]
 
 
 def ddim_invert(schedule, x_t, x_u, t, u):
@@ -183,8 +229,11 @@ def guide(net, cfg, channels=3):
     """Classifier-free guidance, both halves in one forward: out_null + cfg (out_y - out_null); cfg = 1 is no guidance.
 
     Only the first `channels` channels are guided: 3 is what upstream DiT does, also on its 4-channel latents (its
-    authors call it unintended, but its published numbers have it); the others stay conditional.
+    authors call it unintended, but its published numbers have it); the others stay conditional. A network that was distilled to
+    take the scale as an input gets it, in a single evaluation.
     """
+    if getattr(getattr(net, "net", net), "guidance", False):  # it takes the scale as an input
+        return lambda x, t, y: net(x, t, y, torch.full_like(t, cfg, dtype=torch.float32))
     if cfg == 1:
         return net
 
@@ -197,18 +246,67 @@ def guide(net, cfg, channels=3):
     return guided
 
 
+SOLVERS = ("ddim", "dpm++", "lcm")
+
+
 @torch.no_grad()
-def sample(net, x, y, schedule, grid, prediction="eps", keep=False, on_step=None):
-    """DDIM along `grid` from noise x (B, C, H, W) with labels y (B,); len(grid) - 1 network evaluations.
+def sample(net, x, y, schedule, grid, prediction="eps", keep=False, on_step=None, solver="ddim", project=None, noise=torch.randn_like):
+    """Along `grid` from noise x (B, C, H, W) with labels y (B,); len(grid) - 1 network evaluations.
 
     net(x, t, y) -> (B, C or more, H, W), of which the first C channels are the prediction.
+    solver: "ddim"; "dpm++", DPM-Solver++(2M), whose first and last steps are of first order; "lcm", which predicts x0 and noises it anew with noise(x).
     Returns x at the end of the grid, or with keep=True the list of all len(grid) states.
     """
-    states = [x]
-    for t, u in zip(grid[:-1], grid[1:]):
+    states, before = [x], None
+    for i, (t, u) in enumerate(zip(grid[:-1], grid[1:])):
         out = net(x, torch.full((len(x),), t, device=x.device), y)[:, :x.shape[1]].to(x.dtype)
-        x = ddim_step(schedule, x, out, t, u, prediction)
+        x0, eps = to_x0_eps(schedule, x, out, t, prediction, project)
+        if solver == "ddim":
+            x = add_noise(schedule, x0, eps, u)
+        elif solver == "dpm++":
+            x = dpmpp_step(schedule, x, x0, t, u, before if i < len(grid) - 2 else None)
+            before = x0, t
+        elif solver == "lcm":
+            x = lcm_boundary(schedule, x, x0, t)
+            x = x if u == grid[-1] else add_noise(schedule, x, noise(x), u)
+        else:
+            raise UserError(f"--solver {solver}: unknown; choose {', '.join(SOLVERS)}")
         states = states + [x] if keep else [x]
         if on_step:
             on_step()
     return states if keep else x
+
+
+def walk(net, schedule, grid, cond, prediction="eps", project=None):
+    """-> step(x, rows, t, u): rows of a batch from t to u by DDIM along all nodes of grid between them; net(x, t, *cond), cond of the whole batch."""
+    def step(x, rows, t, u):
+        nodes, own = grid[grid.index(t):grid.index(u) + 1], [c[rows] for c in cond]
+        for t, u in zip(nodes[:-1], nodes[1:]):
+            x = ddim_step(schedule, x, net(x, torch.full((len(x),), t, device=x.device), *own)[:, :x.shape[1]], t, u, prediction, project)
+        return x
+    return step
+
+
+def renoise(net, schedule, noise, cond, prediction="eps", project=None):
+    """-> step(x, rows, t, u) of the LCM solver: predict x0, then noise it anew with noise[t] (B, C, H, W)."""
+    def step(x, rows, t, u):
+        out = net(x, torch.full((len(x),), t, device=x.device), *[c[rows] for c in cond])[:, :x.shape[1]]
+        x0 = lcm_boundary(schedule, x, to_x0_eps(schedule, x, out, t, prediction, project)[0], t)
+        return add_noise(schedule, x0, noise[t][rows], u)
+    return step
+
+
+@torch.no_grad()
+def mixed_rollout(student_step, teacher_step, x, nodes, pick):
+    """Sample along `nodes` from noise x (B, C, H, W) with two models, every stretch gone by one of them: step(x[rows], rows, t, u) -> x_u.
+
+    pick(i) -> bool (B,), true where the student goes stretch i. Returns all len(nodes) states.
+    """
+    states = [x]
+    for i, (t, u) in enumerate(zip(nodes[:-1], nodes[1:])):
+        chosen, new = pick(i), torch.empty_like(x)
+        for step, rows in ((student_step, chosen), (teacher_step, ~chosen)):
+            if rows.any():
+                new[rows] = step(states[-1][rows], rows, t, u)
+        states.append(new)
+    return states

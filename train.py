@@ -78,8 +78,7 @@ def main(args):
     else:
         latent = dataset.scale is not None
         arch = models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes, learn_sigma=latent and args.schedule != "interpolant")
-        info = dict(name=args.model, arch=arch, classes=dataset.classes, prediction="eps", schedule="linear", scale=dataset.scale, grid=None, nfe=None,
-                    cfg=1.5 if latent else 1.0)
+        info = dict(models.DIT_DEFAULTS, name=args.model, arch=arch, classes=dataset.classes, scale=dataset.scale, cfg=1.5 if latent else 1.0)
     info.update(method="train", prediction=args.prediction or info["prediction"], schedule=args.schedule or info["schedule"])
     data.check_fits(dataset, info)
     schedule = make_schedule(info["schedule"]).to(proc.device)
@@ -147,9 +146,9 @@ def learning_rate(step, args):
     return 1.0 if args.decay == "constant" else 0.5 + 0.5 * math.cos(math.pi * (step - args.warmup) / max(args.steps - args.warmup, 1))
 
 
-def teacher(out, seed=0):
-    """The checkpoint that `python train.py --out OUT --seed SEED` makes, made now unless it is there. Other scripts call this."""
-    return main(parser().parse_args(["--out", str(out), "--seed", str(seed)]))
+def teacher(out, seed=0, prediction="eps"):
+    """The checkpoint that `python train.py --out OUT --seed SEED --prediction PREDICTION` makes, made now unless it is there."""
+    return main(parser().parse_args(["--out", str(out), "--seed", str(seed)] + ["--prediction", prediction] * (prediction != "eps")))
 
 
 def continued(args, source):
@@ -160,12 +159,12 @@ def continued(args, source):
     return models.load_model(main(own))[0]
 
 
-def describe_base(args):
+def describe_base(args, prediction="eps"):
     """What base_model(args) will load: models.describe's dict, without touching weights. The base model is --ckpt PATH or URL; with
-    --model alone the released weights; with neither the digits' teacher."""
+    --model alone the released weights; with neither the digits' teacher, which makes this prediction."""
     if args.model is None and args.ckpt is None:
         arch = models.make_arch("DiT-Ti/2", 8, 1, 10, learn_sigma=False)
-        return dict(name="DiT-Ti/2", arch=arch, classes=10, scale=None, prediction="eps", schedule="linear", grid=None, nfe=None, cfg=1.0, method="train")
+        return dict(models.DIT_DEFAULTS, name="DiT-Ti/2", arch=arch, classes=10, scale=None, prediction=prediction, cfg=1.0, method="train")
     remote = args.ckpt is None or "://" in args.ckpt
     if remote and args.ckpt and not args.dry_run:
         args.ckpt = str(models.fetch(args.ckpt, runtime.CACHE, check=lambda path: models.load_model(path, args.model, args.image_size)))
@@ -173,10 +172,10 @@ def describe_base(args):
     return models.describe(None if remote else args.ckpt, args.model, args.image_size)
 
 
-def base_model(args):
+def base_model(args, prediction="eps"):
     """The network a method starts from -> (network, info): fetched, or trained here, if it is not there yet. Puts its path into args.ckpt."""
     if args.ckpt is None and args.model is None:
-        args.ckpt = str(teacher("runs/teacher-digits"))
+        args.ckpt = str(teacher("runs/teacher-digits" + f"-{prediction}" * (prediction != "eps"), prediction=prediction))
     elif args.ckpt is None:
         args.ckpt = str(models.upstream_checkpoint(args.model, args.image_size, runtime.CACHE))
     net, info = models.load_model(args.ckpt, args.model, args.image_size)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import GOLDEN, script, torchrun
+from conftest import GOLDEN, checkpoint, script, torchrun
 from PIL import Image
 from test_fetch import Server, server  # noqa: F401  a fixture
 
@@ -108,6 +108,17 @@ def test_precision_recall(golden, case):
         fid.precision_recall(real[:3], fake)
 
 
+def test_precision_recall_of_repeated_points():
+    """A set whose images are all the same lies on itself, in whatever block; and far from others."""
+    v = torch.rand(1, 2048, generator=torch.Generator().manual_seed(0))
+    for n in (7, 10, 33):
+        assert fid.precision_recall(v.expand(n, -1), v.expand(n, -1).clone()) == (1, 1)
+        assert fid.precision_recall(v.expand(n, -1), v.expand(n, -1) + 0.01) == (0, 0)
+    many = torch.rand(40, 2048, generator=torch.Generator().manual_seed(1))
+    for block in (4096, 37, 50):
+        assert fid.precision_recall(many.repeat(5, 1), many.repeat(7, 1) * (1 + 1e-7), block=block) == (1, 1)
+
+
 # ---- Feature networks
 
 
@@ -147,6 +158,7 @@ def test_inception_parity(golden, weights, resize, prefix):
     assert compared == (7 if resize == "pytorch-fid" else 3) and seen["pool2048"].std() > 0.1
     np.testing.assert_allclose((first_rows + 1) / 2 if resize == "pytorch-fid" else first_rows * 128 + 128, f[f"{prefix}/resized_img0_row0"], atol=1e-3)
     assert net.name == f"inception-{weights.stem[-8:]}/{resize}"
+    assert net.to("meta").conv.device.type == "meta"  # all of it moves to the GPU
 
 
 def test_folded_equals_plain(weights):
@@ -313,6 +325,9 @@ def test_references(pictures, measured, tmp_path, monkeypatch):
         measured("digits", ref, "--features", "digits-cnn")
     other = numbers(measured(pictures / "a", pictures / "b", "--json", "--resize", "pytorch-fid").out)
     assert other["features"] == "inception-2015-12-05/pytorch-fid" and abs(other["fd"] / direct["fd"] - 1) > 1e-4
+    measured("ref", pictures / "b", "--out", tmp_path / "other.npz", "--resize", "pytorch-fid")
+    with pytest.raises(UserError, match="make one of them again"):
+        measured(ref, tmp_path / "other.npz")
     # Two files of statistics need no network:
     monkeypatch.setattr(fid, "load_features", None)
     again = numbers(measured(ref, ref, "--json").out)
@@ -328,6 +343,11 @@ def test_foreign_statistics(pictures, measured, tmp_path):
         np.savez(tmp_path / "bare.npz", mu=held["mu"], sigma=held["sigma"])
     direct = numbers(measured(pictures / "a", pictures / "b", "--json").out)
     adm = numbers(measured(pictures / "a", tmp_path / "adm.npz", "--json").out)
+    with pytest.raises(UserError, match="statistics already"):
+        measured("ref", tmp_path / "adm.npz", "--out", tmp_path / "again.npz")
+    with pytest.raises(UserError, match="leave it out"):
+        measured(tmp_path / "adm.npz", pictures / "a", "--num-samples", 3)
+    assert numbers(measured(tmp_path / "adm.npz", pictures / "a", "--json").out)["is"] > 1
     assert adm["fd"] == pytest.approx(direct["fd"]) and adm["sfd"] == pytest.approx(direct["sfd"]) and adm["is"] == direct["is"] and adm["reference_kept"] == 5
     assert "of how many images it does not say, 5 of them for precision and recall" in measured(pictures / "a", tmp_path / "adm.npz").out
     with pytest.raises(UserError, match="inception-2015-12-05/adm, now it is inception-2015-12-05/pytorch-fid.*add --resize adm"):
@@ -363,7 +383,17 @@ def test_checkpoint_is_sampled(ckpt, measured):
         measured(ckpt, "digits", "--num-samples", 1, "--features", "digits-cnn")
 
 
-@pytest.mark.filterwarnings("ignore:a covariance")
+def test_checkpoint_that_makes_nan(tmp_path, tiny, measured):
+    bad = {k: v * torch.nan if k == "final_layer.linear.bias" else v for k, v in tiny.state_dict().items()}
+    torch.save(checkpoint(tiny, model=bad, ema=bad), tmp_path / "bad.pt")
+    with pytest.raises(UserError, match="samples 0 to 9 are not finite"):
+        measured(tmp_path / "bad.pt", "digits", "--num-samples", 10, "--nfe", 2, "--features", "digits-cnn")
+    torch.save(tiny.state_dict(), tmp_path / "raw.pt")
+    with pytest.raises(UserError, match="does not say how to sample it"):
+        measured(tmp_path / "raw.pt", "digits")
+
+
+@pytest.mark.filterwarnings("ignore:a covariance", "ignore:precision and recall")
 def test_bad_input(pictures, measured, tmp_path):
     def complains(pattern, a, b=pictures / "b", *more):
         with pytest.raises(UserError, match=pattern):
@@ -394,8 +424,21 @@ def test_bad_input(pictures, measured, tmp_path):
     Image.fromarray(x[0]).save(mixed / "0.png")
     Image.fromarray(x[1][:30]).save(mixed / "1.png")
     complains("1.png is 48x30, .*0.png is 48x40; --image-size", mixed)
-    with pytest.raises(UserError, match="more than 3 images"):  # cropped they go together, though two are few
-        measured(mixed, pictures / "b", "--image-size", 32)
+    two = numbers(measured(mixed, pictures / "b", "--image-size", 32, "--json").out)  # cropped they go together, though two are few
+    assert two["samples_count"] == 2 and "fd" in two and "precision" not in two
+    Image.fromarray(x[0, ..., 0].astype(np.uint16) * 257).save(mixed / "deep.png")
+    complains("more than 8 bits", mixed, pictures / "b", "--image-size", 32)
+    (mixed / "deep.png").unlink()
+    np.save(tmp_path / "x.npy", x)
+    complains("cannot be read as .npz", tmp_path / "x.npy")
+    packed = bytearray((pictures / "a-packed.npz").read_bytes())
+    packed[2000:2100] = bytes(100)
+    (tmp_path / "packed.npz").write_bytes(packed)
+    complains("cannot be read as .npz", tmp_path / "packed.npz")
+    for odd in (np.array(["a"] * 12), np.eye(12), np.arange(5)):
+        assert "accuracy" not in numbers(measured(npz("odd.npz", arr_0=x, arr_1=odd), pictures / "b", "--json").out)
+    complains("holds Python objects", npz("object.npz", arr_0=x, arr_1=np.array(None)))
+    complains("must be positive", pictures / "a", pictures / "b", "--image-size", 0)
     (mixed / "2.png").write_bytes((mixed / "0.png").read_bytes()[:200])
     complains("2.png: cannot be read", mixed, pictures / "b", "--image-size", 32)
     good = dict(mu=np.zeros(6), sigma=np.eye(6))

@@ -119,9 +119,9 @@ def test_the_main_job_in_small(tmp_path):
     done = script("-c", "import sys, train, issd, runtime; train.DIGITS['steps'] = 30; runtime.run(issd.main, issd.parser().parse_args(sys.argv[1:]))",
                   "--steps", 4, "--eval-samples", 60, "--out", tmp_path / "runs", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     metrics = json.loads((tmp_path / "runs" / "metrics.json").read_text())
-    assert set(metrics["before"]) == set(metrics["after"]) == {"fd", "accuracy", "pixel_fd"}
+    assert set(metrics["before"]) == set(metrics["after"]) == {"fd", "precision", "recall", "accuracy", "pixel_fd"}
     assert set(metrics["controls"]) == {"before, 50 steps", "continued training"} and metrics["samples"] == 60 and metrics["features"] == "digits-cnn"
-    assert "Frechet distance" in done.stdout and "after issd" in done.stdout
+    assert "pixel distance" in done.stdout and "after issd" in done.stdout
     from PIL import Image
     assert Image.open(tmp_path / "runs" / "samples.png").size == (20 * 36 + 4, 2 * (2 * 36 + 4) + 3)
     assert (tmp_path / "runs" / "teacher-digits" / "last.pt").exists()

@@ -161,3 +161,28 @@ def test_guidance_is_one_forward():
 def test_half_precision_states_are_refused():
     with pytest.raises(TypeError):
         add_noise(make_schedule("linear"), torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 1), 5)
+
+
+# ---- DPM-Solver++(2M) and LCM against diffusers, on Gaussian data with its exact score
+
+
+@pytest.mark.parametrize("case", ["dpmpp2m_linspace_zero", "dpmpp2m_trailing_zero", "lcm_orig50"])
+def test_solvers_against_diffusers(golden, case):
+    f = golden("schedulers.npz")
+    got, key = {}, f"linear/{case}/10"
+    schedule, var = make_schedule("linear"), float(f["s_data"]) ** 2
+    mu, x = (torch.from_numpy(f[k]) for k in ("mu", "x_T"))
+
+    def eps(x, t, y):
+        alpha, sigma = schedule.at(t, x)
+        return sigma * (x - alpha * mu) / (alpha ** 2 * var + sigma ** 2)
+
+    noise = iter(torch.from_numpy(f["lcm_noise"]))
+    grid = [int(t) for t in f[f"{key}/timesteps"]] + [-1]
+    got = sample(eps, x, None, schedule, grid, keep=True, solver="lcm" if "lcm" in case else "dpm++", noise=lambda x: next(noise))
+    np.testing.assert_allclose(torch.stack(got), f[f"{key}/traj"], atol=1e-9)
+    if "lcm" in case:
+        from solvers import lcm_grid
+        assert lcm_grid(10) == grid and lcm_grid(4) == [999, 759, 499, 259, -1]
+    with pytest.raises(UserError, match="--solver"):
+        sample(eps, x, None, schedule, grid, solver="euler")
