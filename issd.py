@@ -23,14 +23,11 @@ in all forwards of a step alike. AdamW, constant learning rate, no weight decay,
 Writes runs/issd/{last.pt, log.jsonl, metrics.json, samples.png}.
 """
 import copy
-import json
 import time
-from pathlib import Path
 
 import torch
 
 import data
-import fid
 import models
 import runtime
 import train
@@ -98,17 +95,12 @@ def main(args):
         net.load_state_dict(state["model"])
         opt.load_state_dict(state["opt"])
         del state
-        if start >= args.steps and measured(args):
-            return report(args, proc)
+        if start >= args.steps and train.measured(args):
+            return train.report(args, proc)
 
     # Setup data; without any, the base model's own samples (the paper's Table 8):
     student_eps, teacher_eps = proc.mixed(student), proc.mixed(teacher)
-    source = args.data
-    if source.startswith("synthetic:"):
-        say(proc, f"training data: {args.pool:,} samples of the base model itself, {source[10:]} steps, guidance {args.cfg:g}")
-        source = data.synthetic(teacher_eps, {**info, "grid": None}, proc, runtime.CACHE, args.pool, args.seed, int(source[10:]), args.cfg)
-    dataset = data.load(source, info["arch"]["input_size"], args.classes)
-    data.check_fits(dataset, info)
+    dataset, source = train.training_data(args, teacher_eps, info, proc)
 
     nodes = torch.tensor(grid, device=proc.device)
     guard, stop = Guard(proc), Stop(proc)
@@ -137,38 +129,17 @@ def main(args):
     stop.restore()
 
     # Measure before, after and the controls on the same noise and labels:
-    metrics = {"method": "issd", "model": args.model, "nfe": args.nfe, "seed": args.seed, "steps": args.steps, "samples": args.eval_samples,
-               "features": None, "reference": None, "cfg": args.cfg, "before": None, "after": None, "controls": {}, "lam": args.lam, "reading": args.reading}
+    entries = {}
     if args.eval_samples:
         say(proc, f"the control: the ordinary loss for {args.steps} more steps")
         control = proc.mixed(proc.frozen(train.continued(args, source)))
-        rows, images = fid.compare({
+        entries = {
             "before": (teacher_eps, info, args.nfe, args.cfg),
             "before, 50 steps": (teacher_eps, info, 50, args.cfg),
             "continued training": (control, info, args.nfe, args.cfg),
             "after": (proc.mixed(net.eval()), info, args.nfe, args.cfg),
-        }, proc, args.eval_samples, args.seed)
-        metrics.update(features="digits-cnn", reference="all 1,797 digits", before=rows.pop("before"), after=rows.pop("after"), controls=rows)
-        if proc.main:
-            data.save_grid([images["before"], images["after"]], Path(args.out) / "samples.png")
-    if proc.main:
-        metrics["seconds"] = round(time.perf_counter() - began, 1)
-        runtime.write_text(Path(args.out) / "metrics.json", json.dumps(metrics, indent=2))
-    proc.barrier()
-    report(args, proc)
-
-
-def measured(args):
-    """Has this finished run its metrics.json, with as many samples as asked for now?"""
-    path = Path(args.out) / "metrics.json"
-    return path.exists() and json.loads(path.read_text())["samples"] == args.eval_samples
-
-
-def report(args, proc):
-    """Print the table of a finished run."""
-    metrics = json.loads((Path(args.out) / "metrics.json").read_text())
-    say(proc, fid.summary(metrics) if metrics["samples"] else "quality is not measured here (--eval-samples 0)")
-    say(proc, f"{args.out}/last.pt is ready: python sample.py --ckpt {args.out}/last.pt --num-samples 100 --out samples.npz")
+        }
+    train.measure(args, proc, "issd", time.perf_counter() - began, entries, lam=args.lam, reading=args.reading)
 
 
 def plan(args, info, proc, grid):
@@ -206,7 +177,6 @@ LAM_DISTILLED = {32: 0.20, 10: 0.25, 5: 0.05, 4: 0.05}
 IMAGENET = 1_281_167
 # The digits: chosen by experiments/issd_digits.py (for so small a network as DiT-S Table 9 has 0.05 to 0.10, too).
 DIGITS = dict(lr=5e-5, batch_size=64, steps=50, lam=0.10, data="digits", eval_samples=2000, log_every=10, save_every=25)
-POOL = 50_000  # synthetic samples; the paper does not say how many it made
 
 
 def fill_defaults(args, info):
@@ -228,14 +198,12 @@ def fill_defaults(args, info):
     for key, value in preset.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    args.pool = min(POOL, args.steps * args.batch_size)
     runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every")
     if not 0 <= args.lam <= 1:
         raise UserError(f"--lam {args.lam}: must lie between 0 and 1")
     if args.eval_samples and (not digits or args.eval_samples < 2):
         raise UserError(f"--eval-samples {args.eval_samples}: at least 2, and only for the digits; else 0, and fid.py measures what sample.py makes")
-    if args.data.startswith("synthetic") and not (args.data[10:].isdigit() and int(args.data[10:])):
-        raise UserError(f"--data {args.data}: say how many steps the samples take, as in synthetic:10")
+    train.check_pool(args)
 
 
 def parser():

@@ -14,12 +14,14 @@ The other scripts have this one's shape: `diff train.py issd.py` is the method.
 
 Writes runs/train/{last.pt, log.jsonl}; last.pt is what --ckpt of the other scripts takes.
 """
+import json
 import math
 from pathlib import Path
 
 import torch
 
 import data
+import fid
 import models
 import runtime
 from runtime import EMA, Guard, Log, Processes, StepRandom, Stop, UserError, say
@@ -183,7 +185,55 @@ def base_model(args, prediction="eps"):
     return net, info
 
 
+def check_pool(args):
+    """How many samples --data synthetic:STEPS will make -> args.pool."""
+    if args.data.startswith("synthetic") and not (args.data[10:].isdigit() and int(args.data[10:])):
+        raise UserError(f"--data {args.data}: say how many steps the samples take, as in synthetic:10")
+    args.pool = min(POOL, args.steps * args.batch_size)
+
+
+def training_data(args, denoise, info, proc):
+    """The data set of a method and its name: --data, or with synthetic:STEPS samples of the base model itself, made first (Table 8 of the SSD paper)."""
+    source = args.data
+    if source.startswith("synthetic:"):
+        say(proc, f"training data: {args.pool:,} samples of the base model itself, {source[10:]} steps, guidance {args.cfg:g}")
+        source = data.synthetic(denoise, {**info, "grid": None}, proc, runtime.CACHE, args.pool, args.seed, int(source[10:]), args.cfg)
+    dataset = data.load(source, info["arch"]["input_size"], args.classes)
+    data.check_fits(dataset, info)
+    return dataset, source
+
+
+def measure(args, proc, method, seconds, entries, **more):
+    """The end of every method: entries {"before": ..., "after": ..., controls} as fid.compare takes them, or {} when nothing is to be measured;
+    writes metrics.json and samples.png and prints the table. more: further keys of metrics.json."""
+    rows, images = fid.compare(entries, proc, args.eval_samples, args.seed)
+    known = dict(features="digits-cnn", reference="all 1,797 digits") if entries else dict(features=None, reference=None)
+    if proc.main:
+        if entries:
+            data.save_grid([images["before"], images["after"]], Path(args.out) / "samples.png")
+        metrics = {"method": method, "model": args.model, "nfe": args.nfe, "seed": args.seed, "steps": args.steps, "samples": args.eval_samples, **known, "cfg": args.cfg,
+                   "before": rows.pop("before", None), "after": rows.pop("after", None), "controls": rows, **more, "seconds": round(seconds, 1)}
+        runtime.write_text(Path(args.out) / "metrics.json", json.dumps(metrics, indent=2))
+    proc.barrier()
+    report(args, proc)
+
+
+def measured(args):
+    """Has this finished run its metrics.json, with as many samples as asked for now?"""
+    path = Path(args.out) / "metrics.json"
+    return path.exists() and json.loads(path.read_text())["samples"] == args.eval_samples
+
+
+def report(args, proc):
+    """Print the table of a finished run."""
+    metrics = json.loads((Path(args.out) / "metrics.json").read_text())
+    say(proc, fid.summary(metrics) if metrics["samples"] else "quality is not measured here (--eval-samples 0)")
+    say(proc, f"{args.out}/last.pt is ready: python sample.py --ckpt {args.out}/last.pt --num-samples 100 --out samples.npz")
+
+
 # ---- Arguments ----------------------------------------------------------------------------------------
+
+POOL = 50_000  # synthetic samples; the paper does not say how many it made
 
 # Upstream DiT trains at a constant 1e-4 with batch 256 and EMA 0.9999 (400,000 steps in its ablations, 7 million for the released XL/2).
 PAPER = dict(steps=400_000, batch_size=256, lr=1e-4, warmup=0, decay="constant", ema=0.9999, clip=0.0, label_std=0.02, log_every=100, save_every=5000)

@@ -58,7 +58,8 @@ def job(key):
     return key, {name: fid.evaluate(x, y, proc, name) for name in NETWORKS}
 
 
-def run_all(keys, done, file, jobs):
+def run_all(keys, done, file, jobs, job=job):
+    """Do what is not in `done` yet, in processes of their own; results go into `done` and as lines into the file."""
     todo = [k for k in keys if k not in done]
     with get_context("spawn").Pool(jobs, maxtasksperchild=20) as pool:
         for i, (key, result) in enumerate(pool.imap_unordered(job, [(*k, str(file.parent)) for k in todo], chunksize=1)):

@@ -9,6 +9,7 @@ import torch
 from conftest import checkpoint, torchrun
 from PIL import Image
 
+import ddil
 import fid
 import issd
 import models
@@ -16,7 +17,7 @@ import runtime
 import sample
 import train
 
-MODULES = {"issd": issd, "train": train, "sample": sample, "fid": fid}
+MODULES = {"issd": issd, "train": train, "sample": sample, "fid": fid, "ddil": ddil}
 
 
 @pytest.fixture
@@ -34,6 +35,19 @@ def fails(capsys, monkeypatch, tmp_path):
         assert complaints[0].startswith(f"{module}.py: error: ")
         return complaints[0]
     return call
+
+
+def test_stages(fails, ckpt):
+    call = lambda *words: fails("ddil", "--ckpt", ckpt, "--eval-samples", 0, *words)
+    assert "cannot follow one that ends at 8" in call("--stages", "16:5", "4:5")
+    assert "write N:STEPS" in call("--stages", "16")
+    assert "15 steps cannot be halved" in call("--stages", "15:5")
+    assert "at least one of the form" in call("--stages", "w:5")
+    assert "probabilities" in call("--dagger", 0.5, 1.5)
+    assert "leave them out" in call("--nfe", 4)
+    assert "50 nodes" in call("--objective", "lcm", "--nfe", 60)
+    assert "between 1 and" in call("--objective", "dmd2", "--nfe", 0)
+    assert "must be positive" in call("--lr", 0)
 
 
 def test_flags_pass_torchrun():

@@ -1,0 +1,405 @@
+"""DDIL: distilling diffusion models with imitation learning, over progressive distillation (PD), LCM or DMD2.
+
+PD halves the steps stage by stage. The student trains on data with noise added, but once it samples it visits states of its own making.
+DDIL aggregates such states (DAgger) and has the teacher label them too. One stage, teacher theta of N steps, student eta of N/2, k = T/N:
+
+    eta <- theta
+    repeat
+        with probability p: (z_t, t) ~ D                                         the aggregated states           Alg. 2
+        else: z_t = alpha_t x + sigma_t eps,  x ~ data,  t = 2ki, i ~ U{1..N/2}                                  forward process
+        z_(t-k), z_(t-2k) = two DDIM steps of the teacher from z_t
+        x* = (z_(t-2k) - r z_t) / (alpha_(t-2k) - r alpha_t),  r = sigma_(t-2k) / sigma_t
+        L = max(1, alpha_t^2 / sigma_t^2) | x_eta(z_t) - x* |^2                                                  Eq. 1
+        now and then: D <- D + rollouts from noise in which every 2k is gone by the student with                 Alg. 1
+                      probability beta (one step), else by the teacher (two steps)
+    theta <- eta, N <- N/2
+
+p, beta = 0.25, 0.15 in the first 60 % of a stage, then 0.5, 0.8. --dagger 0 0 is plain PD (Salimans & Ho 2022).
+
+--objective lcm: consistency distillation (Luo et al. 2023). --objective dmd2: distribution matching (Yin et al. 2024). With either, DDIL's
+mixture says where z_t comes from.
+
+Differences from the paper, of which only the supplement was at hand. eps = sigma z + alpha v (its algorithms print a minus); t is drawn from the student's
+nodes; every trajectory and transition has its own coin; a state keeps its condition; a student of one step, whose rollouts have no state in
+between, aggregates their starting noise. Silent: learning rate, batch, stages, D. Here D keeps the last 4 rollouts, and a new one is made when every state was used
+2 (later 3) times, which costs about 5 % more network evaluations; the learning rate falls to 0 within a stage, and the gradient is clipped at 1, as in PD.
+Predictions of teacher and rollouts are thresholded (reflected diffusion), those in the loss are not.
+
+    python ddil.py                                                       the digits, about three minutes on two CPU cores
+    python ddil.py --model DiT-XL/2 --stages w:10000 32:10000 16:10000 8:20000 --batch-size 16           one GPU
+    torchrun --nproc_per_node 8 ddil.py --model DiT-XL/2 --objective lcm
+
+Writes runs/ddil/{last.pt, nfe8.pt, ..., log.jsonl, metrics.json, samples.png}.
+"""
+import copy
+import itertools
+import math
+import re
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import models
+import runtime
+import train
+from runtime import Guard, Log, Processes, StepRandom, Stop, UserError, say
+from solvers import (PROJECTIONS, add_noise, column, ddim_invert, ddim_step, from_x0_eps, halve_grid, lcm_boundary, lcm_grid, make_grid, make_schedule,
+                     mixed_rollout, renoise, schedule_grid, to_x0_eps, walk)
+
+# ---- Method -------------------------------------------------------------------------------------------
+# States z (B, C, H, W), timesteps t > mid > u (B,), -1 clean; cond: what a network takes after them, (labels,) or (labels, guidance scales).
+
+
+def pd_target(teacher, schedule, z_t, cond, t, mid, u, prediction="v", project=None):
+    """The x0 whose one DDIM step t -> u lands where the teacher's two steps t -> mid -> u do."""
+    C = z_t.shape[1]
+    with torch.no_grad():
+        z = ddim_step(schedule, z_t, teacher(z_t, t, *cond)[:, :C], t, mid, prediction, project)     # z_(t-k)
+        z = ddim_step(schedule, z, teacher(z, mid, *cond)[:, :C], mid, u, prediction, project)       # z_(t-2k)
+        return ddim_invert(schedule, z_t, z, t, u)                                                   # x*
+
+
+def pd_loss(student, schedule, z_t, cond, t, target, prediction="v", weight="snr"):
+    """Eq. 1. weight "snr": max(1, SNR) on x0, as printed; "output": the plain distance of the network's outputs.
+
+    A network that predicts eps has x0 = (z - sigma eps) / alpha: at t = 999 Eq. 1 weighs its error by 1 / SNR = 25,000. Take "output".
+    """
+    alpha, sigma = schedule.at(t, z_t)
+    out = student(z_t, t, *cond)[:, :z_t.shape[1]]                                                   # (B, C, H, W)
+    if weight == "output":
+        return (out - from_x0_eps(schedule, target, (z_t - alpha * target) / sigma, t, prediction)).square().mean()
+    x0, _ = to_x0_eps(schedule, z_t, out, t, prediction)
+    return ((alpha / sigma).square().clamp(min=1) * (x0 - target).square()).mean()                   # Eq. 1
+
+
+def guided(net, z, t, y, w):
+    """Classifier-free guidance of every channel with a scale for each sample: out_null + w (out_y - out_null), w = 1 is none."""
+    null = torch.full_like(y, net.num_classes)
+    cond, uncond = net(torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, null]))[:, :z.shape[1]].chunk(2)
+    return uncond + column(w, z) * (cond - uncond)
+
+
+def guidance_loss(student, teacher, z_t, t, y, w):
+    """The student takes w as an input and gives in one evaluation what the guided teacher gives in two (Meng et al. 2023, stage one)."""
+    with torch.no_grad():
+        target = guided(teacher, z_t, t, y, w)
+    return (student(z_t, t, y, w)[:, :z_t.shape[1]] - target).square().mean()
+
+
+def consistency(net, schedule, z, t, cond, prediction="v"):
+    """x0 in one evaluation: LCM's f(z, t), which is z at t = 0."""
+    return lcm_boundary(schedule, z, to_x0_eps(schedule, z, net(z, t, *cond)[:, :z.shape[1]], t, prediction)[0], t)
+
+
+def lcm_loss(student, target, teacher, schedule, z_t, t, u, y, w, prediction="v", project=None, c=1e-3):
+    """f_student(z_t, t) against f_target(z_u, u), z_u the guided teacher's DDIM step; pseudo-Huber distance (LCM, Eq. 16).
+
+    u = -1 is the clean end, where f(z) = z; target: a moving average of the student.
+    """
+    with torch.no_grad():
+        z_u = ddim_step(schedule, z_t, guided(teacher, z_t, t, y, w), t, u, prediction, project)
+        goal = consistency(target, schedule, z_u, u.clamp(min=0), (y, w), prediction)                # f(z, 0) = z
+    d = consistency(student, schedule, z_t, t, (y, w), prediction) - goal
+    return ((d.square() + c ** 2).sqrt() - c).mean()
+
+
+class Critic(nn.Module):
+    """DMD2's second network: the score of what the student makes, and on its middle block a head that tells data from samples."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.num_classes, dim = net, net.num_classes, net.arch["hidden_size"]
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
+
+    def forward(self, z, t, y):
+        """-> the network's output (B, C, H, W), logits (B,), large for data."""
+        seen = []
+        out = self.net(z, t, y, tap=lambda l, h: (seen.append(h) if l == len(self.net.blocks) // 2 else None, h)[1])
+        return out[:, :z.shape[1]], self.head(seen[0].mean(1))[:, 0]
+
+
+def critic_loss(critic, schedule, fake, y_fake, real, y_real, t, noise, prediction="v", gan=1e-2):
+    """The denoising loss on the student's samples, and the head's on noised samples and data; one forward for both halves."""
+    t2, noise2 = torch.cat([t, t]), torch.cat([noise, noise])
+    out, logit = critic(add_noise(schedule, torch.cat([fake, real]), noise2, t2), t2, torch.cat([y_fake, y_real]))
+    denoising = (out[:len(fake)] - from_x0_eps(schedule, fake, noise, t, prediction)).square().mean()
+    logit_fake, logit_real = logit.chunk(2)
+    return denoising + gan * (F.softplus(logit_fake) + F.softplus(-logit_real)).mean()
+
+
+def dmd_loss(x, critic, teacher, schedule, t, y, w, noise, prediction="v", project=None, gan=5e-3):
+    """Distribution matching (DMD, Eq. 7-8): the student's sample x moves along the difference of the two denoised x0; and the head's verdict.
+
+    The gradient wanted is that of x alone.
+    """
+    z = add_noise(schedule, x, noise, t)
+    fake_out, logit = critic(z, t, y)
+    with torch.no_grad():
+        real, fake = (to_x0_eps(schedule, z, out, t, prediction, project)[0] for out in (guided(teacher, z, t, y, w), fake_out))
+        direction = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
+    return 0.5 * (x - (x - direction).detach()).square().mean() + gan * F.softplus(-logit).mean()
+
+
+def collect(student, teacher, schedule, kind, grid, nodes, cond, rng, beta, shape, prediction="v", project=None):
+    """Algorithm 1: rollouts from noise in which every stretch is gone by the student with probability beta. All len(nodes) states, (n, B, C, H, W)."""
+    noise = rng.normal(shape)
+    if kind == "pd":
+        ways = (walk(net, schedule, way, cond, prediction, project) for net, way in ((student, nodes), (teacher, grid)))
+    else:  # the student's own sampler; the guided teacher's DDIM
+        fresh = {t: rng.normal(shape) for t in nodes[:-1]}
+        ways = (renoise(student, schedule, fresh, cond[:1 + student.net.guidance], prediction, project),
+                walk(lambda *zty_w: guided(teacher, *zty_w), schedule, grid, cond, prediction, project))
+    return torch.stack(mixed_rollout(*ways, noise, nodes, lambda i: rng.uniform() < beta))
+
+
+# ---- Training -----------------------------------------------------------------------------------------
+
+
+def main(args):
+    proc, began = Processes(args.amp), time.perf_counter()
+    info = train.describe_base(args, "v")
+    stages = fill_defaults(args, info)
+    proc.check_batch(args.batch_size)
+    schedule, pred, project = make_schedule(info["schedule"]).to(proc.device), info["prediction"], PROJECTIONS[args.threshold]
+    if args.dry_run:
+        return say(proc, plan(args, info, stages, proc))
+
+    # The base model is the first teacher; the student starts as its copy, with an input for w where it is to learn guidance:
+    base, _ = train.base_model(args, "v")
+    torch.manual_seed(args.seed)  # of what is new: the embedding of w, the critic's head
+    takes_w = base.guidance or stages[0]["kind"] in ("w", "lcm")
+    net = models.with_guidance(base) if takes_w and not base.guidance else copy.deepcopy(base)
+    student, target = proc.student(net, args.compile), copy.deepcopy(net).to(proc.device).eval().requires_grad_(False)
+    critic = Critic(copy.deepcopy(base)) if args.objective == "dmd2" else None
+    critic_ddp = critic and proc.student(critic)
+    teacher = proc.frozen(base, args.compile)
+    opt, critic_opt = runtime.adamw(net, args.lr), critic and runtime.adamw(critic, args.lr)
+    base_info, info = info, {**info, "arch": net.arch, "method": "ddil" if any(args.dagger) else "pd", "cfg": 1.0 if critic else args.cfg,
+                             "threshold": args.threshold, "solver": "ddim" if args.objective == "pd" else "lcm"}
+
+    # Resume, also in the middle of a stage:
+    state, start, buffer = runtime.prepare(args, proc), 0, {}
+    if state:
+        start, buffer = state["step"], {k: v.to(proc.device) for k, v in state["buffer"].items()}
+        teacher = proc.frozen(models.build(state["teacher"]["arch"]), args.compile)
+        teacher.load_state_dict(state["teacher"]["weights"])
+        for part, key in ((net, "model"), (opt, "opt"), (target, "target"), (critic, "critic"), (critic_opt, "critic_opt")):
+            if part is not None and state[key] is not None:
+                part.load_state_dict(state[key])
+        del state
+        if start >= args.steps and train.measured(args):
+            return train.report(args, proc)
+
+    # Setup data; without any, the base model's own samples:
+    dataset, source = train.training_data(args, proc.mixed(base), base_info, proc)
+    B, K, shape = args.batch_size, info["classes"], tuple(dataset.shape)
+    guard, stop, log = Guard(proc), Stop(proc), Log(args, proc, start, args.steps, args.objective)
+    stream = data.batches(dataset, proc, args.seed, B, start)
+    clip = 10.0 if critic else 1.0  # DMD2's; PD's
+    for step in range(start, args.steps):
+        stage = next(s for s in stages if step < s["end"])
+        kind, grid, nodes, local, length = stage["kind"], stage["grid"], stage["nodes"], step - stage["begin"], stage["end"] - stage["begin"]
+        if local == 0 and step > 0:  # theta <- eta; D and the optimiser start anew
+            teacher, opt, buffer = proc.frozen(copy.deepcopy(net), args.compile), runtime.adamw(net, args.lr), {}
+        for group in opt.param_groups:
+            group["lr"] = args.lr * (1 - local / length if args.objective == "pd" else 1)
+        student_out, teacher_out, starts = proc.mixed(student), proc.mixed(teacher), torch.tensor(stage["starts"], device=proc.device)
+
+        def condition(rng, y):
+            """Labels, some dropped where guidance is not distilled and has to stay possible; scales of guidance, where it is."""
+            y = y if takes_w or critic else torch.where(rng.uniform() < 0.1, K, y)
+            return (y, args.w[0] + (args.w[1] - args.w[0]) * rng.uniform()) if takes_w or critic else (y,)
+
+        # Algorithm 1, whenever the states in D were used args.reuse times:
+        phase = int(local >= math.ceil(0.6 * length))
+        p, beta = (0, 0) if kind == "w" else (args.dagger[phase], args.beta[phase])
+        first = 1 if kind == "pd" and len(nodes) > 2 else 0  # noise itself is kept where it is all there is, or LCM's and DMD2's student starts from it
+        kept = nodes[first:-1] if p else []
+        if p and (local - phase * math.ceil(0.6 * length)) % max(1, round(args.reuse[phase] * len(kept) / p)) == 0:
+            rng = StepRandom(proc, (args.seed << 8) + 2, step, B)
+            cond = condition(rng, rng.integers(0, max(K, 1)))
+            z = collect(proc.mixed(net), teacher_out, schedule, kind, grid, nodes, cond, rng, beta, shape, pred, project)[first:-1]
+            index = torch.tensor([stage["starts"].index(t) for t in kept], device=proc.device)
+            new = {"z": proc.whole(z, 1).flatten(0, 1), "i": index.repeat_interleave(B), **{f"c{n}": proc.whole(c).repeat(len(kept)) for n, c in enumerate(cond)}}
+            buffer = {k: torch.cat([buffer[k], v])[-KEEP * len(v):] if buffer else v for k, v in new.items()}
+
+        # Algorithm 2, states from data, and with probability p from D:
+        rng, (x0, y0) = StepRandom(proc, args.seed, step, B), next(stream)
+        cond, i = condition(rng, y0), rng.integers(0, len(starts) - 1)
+        z = add_noise(schedule, x0, rng.normal(shape), starts[i])
+        if p:
+            take, j = rng.uniform() < p, rng.integers(0, len(buffer["i"]))
+            z = torch.where(take.view(-1, 1, 1, 1), buffer["z"][j], z)
+            i, *cond = (torch.where(take, buffer[k][j], v) for k, v in zip(("i", "c0", "c1"), (i, *cond)))
+        t = starts[i]
+
+        if kind == "w":
+            loss = guidance_loss(student_out, teacher_out, z, t, *cond)
+        elif kind == "pd":
+            fine = torch.tensor(grid, device=proc.device)
+            goal = pd_target(teacher_out, schedule, z, cond, t, fine[2 * i + 1], fine[2 * i + 2], pred, project)
+            loss = pd_loss(student_out, schedule, z, cond, t, goal, pred, args.weight)
+        elif kind == "lcm":
+            loss = lcm_loss(student_out, proc.mixed(target), teacher_out, schedule, z, t, starts[i + 1], *cond, pred, project)
+        else:  # DMD2: the critic at every step, the student at every fifth
+            y, u, noise = cond[0], rng.integers(round(0.02 * schedule.T), round(0.98 * schedule.T)), rng.normal(shape)
+            with torch.no_grad():
+                fake = consistency(proc.mixed(net), schedule, z, t, (y,), pred)
+            loss = critic_loss(proc.mixed(critic_ddp), schedule, fake, y, x0, y0, u, noise, pred)
+            loss.backward()
+            guard.update(critic_opt, loss, step, clip)
+            if step % CRITIC_UPDATES == 0:
+                x = consistency(student_out, schedule, z, t, (y,), pred)
+                leaf = x.detach().requires_grad_()
+                loss = dmd_loss(leaf, proc.mixed(critic), teacher_out, schedule, u, *cond, noise, pred, project)
+                x.backward(torch.autograd.grad(loss, leaf)[0])  # past the critic's own parameters
+                guard.update(opt, loss, step, clip)
+        if kind != "dmd2":
+            loss.backward()
+            guard.update(opt, loss, step, clip)
+        if kind == "lcm":
+            torch._foreach_lerp_(list(target.parameters()), [v.detach() for v in net.parameters()], 1 - 0.95)
+
+        done, ended = step + 1, stop.now()
+        if log.step(done, loss):
+            guard.check(args.out)
+        if done % args.save_every == 0 or done == stage["end"] or ended:
+            guard.check(args.out)
+            weights = net.state_dict()
+            state = {"model": weights, "ema": weights, "step": done, **info, "grid": nodes, "nfe": nodes and len(nodes) - 1}
+            if done == stage["end"]:
+                runtime.save(args, proc, {**state, "opt": {}}, stage["file"])
+            runtime.save(args, proc, {**state, "opt": opt.state_dict(), "buffer": buffer, "teacher": {"arch": teacher.arch, "weights": teacher.state_dict()},
+                                      "target": target and target.state_dict(), "critic": critic and critic.state_dict(),
+                                      "critic_opt": critic_opt and critic_opt.state_dict()})
+        if ended and done < args.steps:
+            runtime.stopped(args, proc, done)
+    log.close()
+    stop.restore()
+
+    # Measure before, after and the controls on the same noise and labels, all of them thresholded alike:
+    entries = {}
+    if args.eval_samples:
+        say(proc, f"the control: the ordinary loss for {args.steps} more steps")
+        control = proc.mixed(proc.frozen(train.continued(args, source)))
+        before = proc.mixed(proc.frozen(models.load_model(args.ckpt)[0]))
+        at = lambda net, nodes: (net, {**base_info, "threshold": args.threshold, "grid": nodes, "nfe": len(nodes) - 1}, len(nodes) - 1, args.cfg)
+        halvings = [s for s in stages if s["nodes"]]
+        first, last = halvings[0]["grid"], halvings[-1]["nodes"]
+        entries = {"before": at(before, last), f"before, {len(first) - 1} steps": at(before, first), "continued training": at(control, last)}
+        for s in halvings:
+            student, made = models.load_model(Path(args.out) / s["file"])
+            entries["after" if s is stages[-1] else f"after, {made['nfe']} steps"] = proc.mixed(proc.frozen(student)), made, made["nfe"], made["cfg"]
+    train.measure(args, proc, info["method"] if args.objective == "pd" else args.objective, time.perf_counter() - began, entries)
+
+
+def plan(args, info, stages, proc):
+    """What --dry-run prints."""
+    params, flops = models.count(info["arch"])
+    units = {"w": 5, "pd": 5, "lcm": 6, "dmd2": 9}  # forwards of an iteration, two halves of guidance counted apart; a backward counts as two
+    lines = [f"DDIL ({args.objective}) of {info['name']}, {params / 1e6:.1f}M parameters, predicting {info['prediction']}, on {args.data}; guidance {args.cfg:g}, threshold {args.threshold}",
+             f"mixture      {args.dagger[0]:g} then {args.dagger[1]:g} from aggregated states, student probability {args.beta[0]:g} then {args.beta[1]:g}, each used {args.reuse[0]:g} then {args.reuse[1]:g} times"]
+    for s in stages:
+        n = s["end"] - s["begin"]
+        nodes = f"{len(s['grid']) - 1} -> {len(s['nodes']) - 1} steps at t = {', '.join(map(str, s['nodes'][:4]))}, ..." if s["nodes"] else "guidance becomes an input"
+        lines.append(f"{s['kind']:12} {nodes}; {n:,} steps of {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), lr {args.lr:g}, {n * units[s['kind']] * args.batch_size * flops:.3g} FLOP")
+    return "\n".join(lines)
+
+
+# ---- Arguments ----------------------------------------------------------------------------------------
+
+KEEP = 4  # rollouts in D; the paper is silent
+CRITIC_UPDATES = 5  # per update of the student, as DMD2
+# Stages N:STEPS from a teacher of N steps; w:STEPS makes guidance an input first. The paper: 40,000 updates to 4 steps; where it starts it does not say.
+PAPER = dict(stages=["32:10000", "16:10000", "8:20000"], steps=20_000, lr=1e-5, batch_size=256, nfe=4, data="synthetic:50", eval_samples=0, log_every=100, save_every=1000)
+DIGITS = dict(stages=["16:100", "8:100", "4:100"], steps=200, lr=3e-4, batch_size=64, nfe=4, data="digits", eval_samples=2000, log_every=20, save_every=50)
+
+
+def fill_defaults(args, info):
+    """Defaults for the digits and for the rest; returns the stages: {kind, begin, end, file, grid: the teacher's, nodes: the student's, starts: where it trains}."""
+    side = info["arch"]["input_size"] * (8 if info["scale"] else 1)
+    digits = (info["arch"]["in_channels"], side, info["classes"]) == (1, 8, 10)
+    given_steps, given_nfe = args.steps, args.nfe
+    for key, value in (DIGITS if digits else PAPER).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.cfg = info["cfg"] if args.cfg is None else args.cfg
+    args.threshold = args.threshold or ("clamp" if info["scale"] is None else "quantile")
+    args.weight = args.weight or ("output" if info["prediction"] == "eps" else "snr")
+    args.w = [args.cfg, args.cfg] if args.objective == "dmd2" else args.w
+    schedule = make_schedule(info["schedule"])
+    if schedule.continuous:
+        raise UserError("ddil.py wants a model with discrete steps, this one is an interpolant")
+    if args.eval_samples and (not digits or args.eval_samples < 2):
+        raise UserError(f"--eval-samples {args.eval_samples}: at least 2, and only for the digits; else 0, and fid.py measures what sample.py makes")
+    if not all(0 <= v <= 1 for v in (*args.dagger, *args.beta)) or min(args.reuse) <= 0 or not 1 <= args.w[0] <= args.w[1]:
+        raise UserError("--dagger and --beta are probabilities, --reuse is positive, --w is two scales of guidance of at least 1 in their order")
+    stages, nodes = [], None
+    if args.objective == "pd":
+        if given_steps or given_nfe:
+            raise UserError("--steps and --nfe follow from --stages in progressive distillation; leave them out")
+        for name, steps in (parse_stage(text) for text in args.stages):
+            if name == "w":
+                stages.append(dict(kind="w", steps=steps, grid=None, nodes=None, starts=list(range(schedule.T)) + [-1], file="guidance.pt"))
+                continue
+            if nodes and len(nodes) - 1 != name:
+                raise UserError(f"--stages {' '.join(args.stages)}: a stage from {name} steps cannot follow one that ends at {len(nodes) - 1}")
+            grid = nodes or (info["grid"] if info["nfe"] == name and info["grid"] else schedule_grid(schedule, args.grid, name))
+            nodes = halve_grid(grid)
+            stages.append(dict(kind="pd", steps=steps, grid=grid, nodes=nodes, starts=nodes, file=f"nfe{len(nodes) - 1}.pt"))
+        if nodes is None:
+            raise UserError("--stages: at least one of the form N:STEPS, N the teacher's number of steps")
+    elif args.objective == "lcm":
+        nodes, all_nodes = lcm_grid(args.nfe, schedule.T), lcm_grid(50, schedule.T)
+        stages.append(dict(kind="lcm", steps=args.steps, grid=all_nodes, nodes=nodes, starts=all_nodes, file=f"nfe{args.nfe}.pt"))
+    else:
+        nodes = make_grid("uniform", args.nfe, schedule.T)
+        stages.append(dict(kind="dmd2", steps=args.steps, grid=make_grid("uniform", 8 * args.nfe, schedule.T), nodes=nodes, starts=nodes, file=f"nfe{args.nfe}.pt"))
+    ends = list(itertools.accumulate(s.pop("steps") for s in stages))
+    for s, begin, end in zip(stages, [0] + ends, ends):
+        s.update(begin=begin, end=end)
+    args.steps, args.nfe = ends[-1], len(nodes) - 1
+    runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every")
+    train.check_pool(args)
+    return stages
+
+
+def parse_stage(text):
+    match = re.fullmatch(r"(w|[1-9]\d*):([1-9]\d*)", text)
+    if not match:
+        raise UserError(f"--stages {text}: write N:STEPS, as 16:10000, or w:STEPS")
+    return match[1] if match[1] == "w" else int(match[1]), int(match[2])
+
+
+def parser():
+    p = runtime.Parser(prog="ddil.py", description=__doc__, formatter_class=runtime.Raw)
+    p.add_argument("--objective", choices=["pd", "lcm", "dmd2"], default="pd")
+    p.add_argument("--model", help="DiT-{S,B,L,XL}/{2,4,8}; the released weights are fetched where there are any")
+    p.add_argument("--image-size", type=int, default=256, choices=[256, 512], help="of the released weights")
+    p.add_argument("--ckpt", help="the base model: a checkpoint's path or URL, ours or upstream's; default: a v teacher of the digits, made here")
+    p.add_argument("--data", help="digits, mnist, cifar10, ..., a folder of images or cached latents, or synthetic:STEPS")
+    p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
+    p.add_argument("--stages", nargs="+", metavar="N:STEPS", help="halvings of a teacher of N steps, as 32:10000 16:10000 8:20000; w:STEPS before them makes guidance an input")
+    p.add_argument("--grid", choices=["uniform", "dit"], default="uniform", help="where the first teacher's steps lie (dit: for iSSD's Tables 5 and 6)")
+    p.add_argument("--weight", choices=["snr", "output"], help="snr: Eq. 1; output: plain distance of outputs (default for eps)")
+    p.add_argument("--dagger", type=float, nargs=2, default=[0.25, 0.5], metavar="P", help="probability of a state from D, in both parts of a stage; 0 0 is plain distillation")
+    p.add_argument("--beta", type=float, nargs=2, default=[0.15, 0.8], metavar="P", help="probability of the student at every transition of a rollout")
+    p.add_argument("--reuse", type=float, nargs=2, default=[2, 3], metavar="TIMES", help="how often a state in D is used before new ones are made")
+    p.add_argument("--threshold", choices=list(PROJECTIONS), help="where predicted x0 is projected to; default: clamp for pixels, quantile for latents")
+    p.add_argument("--w", type=float, nargs=2, default=[1.0, 2.0], metavar="SCALE", help="range of the guidance that the student learns as an input")
+    p.add_argument("--cfg", type=float, help="guidance when sampling (1: none); dmd2: the teacher's")
+    p.add_argument("--nfe", type=int, help="steps of the lcm or dmd2 student (default 4)")
+    p.add_argument("--steps", type=int, help="of lcm or dmd2")
+    p.add_argument("--batch-size", type=int, help="of all processes together")
+    p.add_argument("--lr", type=float)
+    p.add_argument("--eval-samples", type=int, help="samples per row of the table (digits: 2000, else 0)")
+    runtime.common_arguments(p, "runs/ddil")
+    return p
+
+
+if __name__ == "__main__":
+    runtime.run(main, parser().parse_args())
