@@ -21,9 +21,11 @@ mixture says where z_t comes from.
 
 Differences from the paper, of which only the supplement was at hand. eps = sigma z + alpha v (its algorithms print a minus); t is drawn from the student's
 nodes; every trajectory and transition has its own coin; a state keeps its condition; a student of one step, whose rollouts have no state in
-between, aggregates their starting noise. Silent: learning rate, batch, stages, D. Here D keeps the last 4 rollouts, and a new one is made when every state was used
-2 (later 3) times, which costs about 5 % more network evaluations; the learning rate falls to 0 within a stage, and the gradient is clipped at 1, as in PD.
-Predictions of teacher and rollouts are thresholded (reflected diffusion), those in the loss are not.
+between, aggregates their starting noise. The paper's PD teacher takes guidance as an input: here only with --stages w:STEPS first. It samples with
+DPM-Solver++(2M): here DDIM, whose step Eq. 1 is about, unless sample.py --solver dpm++. Silent: PD's learning rate, batch, stages, the size of D. Here D
+keeps the last 4 rollouts, and a new one is made when every state was used 2 (later 3) times, which adds 4 to 5 % network evaluations to PD (LCM's guided
+teacher walks far: 33, later 12 %); the learning rate falls to 0 within a stage, and the gradient is clipped at 1, as in PD. Thresholded (reflected diffusion) are the predictions
+of the teacher, in rollouts, in DMD2's critic and in sampling, not the student's in a loss. LCM keeps the student, not its average.
 
     python ddil.py                                                       the digits, about three minutes on two CPU cores
     python ddil.py --model DiT-XL/2 --stages w:10000 32:10000 16:10000 8:20000 --batch-size 16           one GPU
@@ -96,7 +98,7 @@ def consistency(net, schedule, z, t, cond, prediction="v"):
 
 
 def lcm_loss(student, target, teacher, schedule, z_t, t, u, y, w, prediction="v", project=None, c=1e-3):
-    """f_student(z_t, t) against f_target(z_u, u), z_u the guided teacher's DDIM step; pseudo-Huber distance (LCM, Eq. 16).
+    """f_student(z_t, t) against f_target(z_u, u), z_u the guided teacher's DDIM step over 20 timesteps; pseudo-Huber distance.
 
     u = -1 is the clean end, where f(z) = z; target: a moving average of the student.
     """
@@ -117,9 +119,9 @@ class Critic(nn.Module):
 
     def forward(self, z, t, y):
         """-> the network's output (B, C, H, W), logits (B,), large for data."""
-        seen = []
-        out = self.net(z, t, y, tap=lambda l, h: (seen.append(h) if l == len(self.net.blocks) // 2 else None, h)[1])
-        return out[:, :z.shape[1]], self.head(seen[0].mean(1))[:, 0]
+        features = []
+        out = self.net(z, t, y, tap=lambda l, h: features.append(h) or h)
+        return out[:, :z.shape[1]], self.head(features[len(self.net.blocks) // 2].mean(1))[:, 0]
 
 
 def critic_loss(critic, schedule, fake, y_fake, real, y_real, t, noise, prediction="v", gan=1e-2):
@@ -145,7 +147,7 @@ def dmd_loss(x, critic, teacher, schedule, t, y, w, noise, prediction="v", proje
 
 
 def collect(student, teacher, schedule, kind, grid, nodes, cond, rng, beta, shape, prediction="v", project=None):
-    """Algorithm 1: rollouts from noise in which every stretch is gone by the student with probability beta. All len(nodes) states, (n, B, C, H, W)."""
+    """Algorithm 1: rollouts from noise in which every stretch is gone by the student with probability beta. The states at nodes[:-1], (n, B, C, H, W)."""
     noise = rng.normal(shape)
     if kind == "pd":
         ways = (walk(net, schedule, way, cond, prediction, project) for net, way in ((student, nodes), (teacher, grid)))
@@ -153,7 +155,7 @@ def collect(student, teacher, schedule, kind, grid, nodes, cond, rng, beta, shap
         fresh = {t: rng.normal(shape) for t in nodes[:-1]}
         ways = (renoise(student, schedule, fresh, cond[:1 + student.net.guidance], prediction, project),
                 walk(lambda *zty_w: guided(teacher, *zty_w), schedule, grid, cond, prediction, project))
-    return torch.stack(mixed_rollout(*ways, noise, nodes, lambda i: rng.uniform() < beta))
+    return torch.stack(mixed_rollout(*ways, noise, nodes[:-1], lambda i: rng.uniform() < beta))
 
 
 # ---- Training -----------------------------------------------------------------------------------------
@@ -173,12 +175,13 @@ def main(args):
     torch.manual_seed(args.seed)  # of what is new: the embedding of w, the critic's head
     takes_w = base.guidance or stages[0]["kind"] in ("w", "lcm")
     net = models.with_guidance(base) if takes_w and not base.guidance else copy.deepcopy(base)
-    student, target = proc.student(net, args.compile), copy.deepcopy(net).to(proc.device).eval().requires_grad_(False)
+    student = proc.student(net, args.compile)
+    target = copy.deepcopy(net).eval().requires_grad_(False) if args.objective == "lcm" else None
     critic = Critic(copy.deepcopy(base)) if args.objective == "dmd2" else None
     critic_ddp = critic and proc.student(critic)
     teacher = proc.frozen(base, args.compile)
     opt, critic_opt = runtime.adamw(net, args.lr), critic and runtime.adamw(critic, args.lr)
-    base_info, info = info, {**info, "arch": net.arch, "method": "ddil" if any(args.dagger) else "pd", "cfg": 1.0 if critic else args.cfg,
+    base_info, info = info, {**info, "arch": net.arch, "method": "ddil" if any(args.dagger) else args.objective, "cfg": 1.0 if critic else args.cfg,
                              "threshold": args.threshold, "solver": "ddim" if args.objective == "pd" else "lcm"}
 
     # Resume, also in the middle of a stage:
@@ -199,7 +202,16 @@ def main(args):
     B, K, shape = args.batch_size, info["classes"], tuple(dataset.shape)
     guard, stop, log = Guard(proc), Stop(proc), Log(args, proc, start, args.steps, args.objective)
     stream = data.batches(dataset, proc, args.seed, B, start)
+    for s in stages:
+        s.update({k + "_t": torch.tensor(s[k], device=proc.device) for k in ("grid", "starts") if s[k]})
     clip = 10.0 if critic else 1.0  # DMD2's; PD's
+
+    def condition(rng, y):
+        """Labels, some dropped where guidance is not distilled and has to stay possible; scales of guidance, where it is."""
+        if takes_w or critic:
+            return y, args.w[0] + (args.w[1] - args.w[0]) * rng.uniform()
+        return (torch.where(rng.uniform() < 0.1, K, y),)
+
     for step in range(start, args.steps):
         stage = next(s for s in stages if step < s["end"])
         kind, grid, nodes, local, length = stage["kind"], stage["grid"], stage["nodes"], step - stage["begin"], stage["end"] - stage["begin"]
@@ -207,22 +219,17 @@ def main(args):
             teacher, opt, buffer = proc.frozen(copy.deepcopy(net), args.compile), runtime.adamw(net, args.lr), {}
         for group in opt.param_groups:
             group["lr"] = args.lr * (1 - local / length if args.objective == "pd" else 1)
-        student_out, teacher_out, starts = proc.mixed(student), proc.mixed(teacher), torch.tensor(stage["starts"], device=proc.device)
-
-        def condition(rng, y):
-            """Labels, some dropped where guidance is not distilled and has to stay possible; scales of guidance, where it is."""
-            y = y if takes_w or critic else torch.where(rng.uniform() < 0.1, K, y)
-            return (y, args.w[0] + (args.w[1] - args.w[0]) * rng.uniform()) if takes_w or critic else (y,)
+        student_out, teacher_out, starts = proc.mixed(student), proc.mixed(teacher), stage["starts_t"]
 
         # Algorithm 1, whenever the states in D were used args.reuse times:
-        phase = int(local >= math.ceil(0.6 * length))
+        phase = int(local >= (switch := math.ceil(0.6 * length)))
         p, beta = (0, 0) if kind == "w" else (args.dagger[phase], args.beta[phase])
         first = 1 if kind == "pd" and len(nodes) > 2 else 0  # noise itself is kept where it is all there is, or LCM's and DMD2's student starts from it
         kept = nodes[first:-1] if p else []
-        if p and (local - phase * math.ceil(0.6 * length)) % max(1, round(args.reuse[phase] * len(kept) / p)) == 0:
+        if p and (local - phase * switch) % max(1, round(args.reuse[phase] * len(kept) / p)) == 0:
             rng = StepRandom(proc, (args.seed << 8) + 2, step, B)
-            cond = condition(rng, rng.integers(0, max(K, 1)))
-            z = collect(proc.mixed(net), teacher_out, schedule, kind, grid, nodes, cond, rng, beta, shape, pred, project)[first:-1]
+            cond = condition(rng, rng.integers(0, dataset.classes) if dataset.classes else torch.full_like(rng.integers(0, 1), K))
+            z = collect(proc.mixed(net), teacher_out, schedule, kind, grid, nodes, cond, rng, beta, shape, pred, project)[first:]  # (node, sample, ...)
             index = torch.tensor([stage["starts"].index(t) for t in kept], device=proc.device)
             new = {"z": proc.whole(z, 1).flatten(0, 1), "i": index.repeat_interleave(B), **{f"c{n}": proc.whole(c).repeat(len(kept)) for n, c in enumerate(cond)}}
             buffer = {k: torch.cat([buffer[k], v])[-KEEP * len(v):] if buffer else v for k, v in new.items()}
@@ -240,29 +247,30 @@ def main(args):
         if kind == "w":
             loss = guidance_loss(student_out, teacher_out, z, t, *cond)
         elif kind == "pd":
-            fine = torch.tensor(grid, device=proc.device)
-            goal = pd_target(teacher_out, schedule, z, cond, t, fine[2 * i + 1], fine[2 * i + 2], pred, project)
+            goal = pd_target(teacher_out, schedule, z, cond, t, stage["grid_t"][2 * i + 1], stage["grid_t"][2 * i + 2], pred, project)
             loss = pd_loss(student_out, schedule, z, cond, t, goal, pred, args.weight)
         elif kind == "lcm":
             loss = lcm_loss(student_out, proc.mixed(target), teacher_out, schedule, z, t, starts[i + 1], *cond, pred, project)
-        else:  # DMD2: the critic at every step, the student at every fifth
-            y, u, noise = cond[0], rng.integers(round(0.02 * schedule.T), round(0.98 * schedule.T)), rng.normal(shape)
+        else:  # DMD2: the critic at every step, whose loss is logged, the student at every fifth
+            y, level = cond[0], lambda: (rng.integers(round(0.02 * schedule.T), round(0.98 * schedule.T)), rng.normal(shape))
+            u, noise = level()
             with torch.no_grad():
                 fake = consistency(proc.mixed(net), schedule, z, t, (y,), pred)
             loss = critic_loss(proc.mixed(critic_ddp), schedule, fake, y, x0, y0, u, noise, pred)
             loss.backward()
             guard.update(critic_opt, loss, step, clip)
             if step % CRITIC_UPDATES == 0:
+                u, noise = level()
                 x = consistency(student_out, schedule, z, t, (y,), pred)
                 leaf = x.detach().requires_grad_()
-                loss = dmd_loss(leaf, proc.mixed(critic), teacher_out, schedule, u, *cond, noise, pred, project)
-                x.backward(torch.autograd.grad(loss, leaf)[0])  # past the critic's own parameters
-                guard.update(opt, loss, step, clip)
+                pull = dmd_loss(leaf, proc.mixed(critic), teacher_out, schedule, u, *cond, noise, pred, project)
+                x.backward(torch.autograd.grad(pull, leaf)[0])  # past the critic's own parameters
+                guard.update(opt, pull, step, clip)
         if kind != "dmd2":
             loss.backward()
             guard.update(opt, loss, step, clip)
-        if kind == "lcm":
-            torch._foreach_lerp_(list(target.parameters()), [v.detach() for v in net.parameters()], 1 - 0.95)
+        if target is not None:
+            torch._foreach_lerp_(list(target.parameters()), [v.detach() for v in net.parameters()], 1 - TARGET_EMA)
 
         done, ended = step + 1, stop.now()
         if log.step(done, loss):
@@ -294,7 +302,8 @@ def main(args):
         for s in halvings:
             student, made = models.load_model(Path(args.out) / s["file"])
             entries["after" if s is stages[-1] else f"after, {made['nfe']} steps"] = proc.mixed(proc.frozen(student)), made, made["nfe"], made["cfg"]
-    train.measure(args, proc, info["method"] if args.objective == "pd" else args.objective, time.perf_counter() - began, entries)
+    name = args.objective + " + ddil" * any(args.dagger)
+    train.measure(args, proc, name, time.perf_counter() - began, entries)
 
 
 def plan(args, info, stages, proc):
@@ -313,18 +322,23 @@ def plan(args, info, stages, proc):
 # ---- Arguments ----------------------------------------------------------------------------------------
 
 KEEP = 4  # rollouts in D; the paper is silent
-CRITIC_UPDATES = 5  # per update of the student, as DMD2
+TARGET_EMA, CRITIC_UPDATES = 0.95, 5  # LCM's; DMD2's, per update of the student
 # Stages N:STEPS from a teacher of N steps; w:STEPS makes guidance an input first. The paper: 40,000 updates to 4 steps; where it starts it does not say.
-PAPER = dict(stages=["32:10000", "16:10000", "8:20000"], steps=20_000, lr=1e-5, batch_size=256, nfe=4, data="synthetic:50", eval_samples=0, log_every=100, save_every=1000)
-DIGITS = dict(stages=["16:100", "8:100", "4:100"], steps=200, lr=3e-4, batch_size=64, nfe=4, data="digits", eval_samples=2000, log_every=20, save_every=50)
+# Learning rates: silent; those of LCM and DMD2 are their own.
+PAPER = dict(stages=["32:10000", "16:10000", "8:20000"], steps=20_000, batch_size=256, nfe=4, data="synthetic:50", eval_samples=0, log_every=100, save_every=1000)
+PAPER_LR = {"pd": 1e-5, "lcm": 1e-6, "dmd2": 5e-7}
+# The digits: chosen by experiments/ddil_digits.py, without DDIL's mixture.
+DIGITS = dict(stages=["16:100", "8:100", "4:100"], steps=400, batch_size=64, nfe=4, data="digits", eval_samples=2000, log_every=20, save_every=50)
+DIGITS_LR = {"pd": 1e-3, "lcm": 1e-4, "dmd2": 1e-4}
 
 
 def fill_defaults(args, info):
     """Defaults for the digits and for the rest; returns the stages: {kind, begin, end, file, grid: the teacher's, nodes: the student's, starts: where it trains}."""
     side = info["arch"]["input_size"] * (8 if info["scale"] else 1)
     digits = (info["arch"]["in_channels"], side, info["classes"]) == (1, 8, 10)
-    given_steps, given_nfe = args.steps, args.nfe
-    for key, value in (DIGITS if digits else PAPER).items():
+    if args.objective == "pd" and (args.steps or args.nfe):
+        raise UserError("--steps and --nfe follow from --stages in progressive distillation; leave them out")
+    for key, value in {**(DIGITS if digits else PAPER), "lr": (DIGITS_LR if digits else PAPER_LR)[args.objective]}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.cfg = info["cfg"] if args.cfg is None else args.cfg
@@ -340,15 +354,18 @@ def fill_defaults(args, info):
         raise UserError("--dagger and --beta are probabilities, --reuse is positive, --w is two scales of guidance of at least 1 in their order")
     stages, nodes = [], None
     if args.objective == "pd":
-        if given_steps or given_nfe:
-            raise UserError("--steps and --nfe follow from --stages in progressive distillation; leave them out")
-        for name, steps in (parse_stage(text) for text in args.stages):
-            if name == "w":
+        for text in args.stages:
+            match = re.fullmatch(r"(w|[1-9]\d*):([1-9]\d*)", text)
+            if not match or (match[1] == "w" and stages):
+                raise UserError(f"--stages {text}: write N:STEPS, as 16:10000; before the first one may stand w:STEPS")
+            steps = int(match[2])
+            if match[1] == "w":
                 stages.append(dict(kind="w", steps=steps, grid=None, nodes=None, starts=list(range(schedule.T)) + [-1], file="guidance.pt"))
                 continue
-            if nodes and len(nodes) - 1 != name:
-                raise UserError(f"--stages {' '.join(args.stages)}: a stage from {name} steps cannot follow one that ends at {len(nodes) - 1}")
-            grid = nodes or (info["grid"] if info["nfe"] == name and info["grid"] else schedule_grid(schedule, args.grid, name))
+            N = int(match[1])
+            if nodes and len(nodes) - 1 != N:
+                raise UserError(f"--stages {' '.join(args.stages)}: a stage from {N} steps cannot follow one that ends at {len(nodes) - 1}")
+            grid = nodes or (info["grid"] if info["nfe"] == N and info["grid"] else schedule_grid(schedule, args.grid, N))
             nodes = halve_grid(grid)
             stages.append(dict(kind="pd", steps=steps, grid=grid, nodes=nodes, starts=nodes, file=f"nfe{len(nodes) - 1}.pt"))
         if nodes is None:
@@ -359,6 +376,11 @@ def fill_defaults(args, info):
     else:
         nodes = make_grid("uniform", args.nfe, schedule.T)
         stages.append(dict(kind="dmd2", steps=args.steps, grid=make_grid("uniform", 8 * args.nfe, schedule.T), nodes=nodes, starts=nodes, file=f"nfe{args.nfe}.pt"))
+    learns_w = stages[0]["kind"] in ("w", "lcm")
+    if info["arch"].get("guidance") and (learns_w or args.objective == "dmd2"):
+        raise UserError("this model takes the scale of guidance as an input already: halve its steps with --stages N:STEPS")
+    if learns_w and not args.w[0] <= args.cfg <= args.w[1]:
+        raise UserError(f"--cfg {args.cfg:g}: the student learns guidance from {args.w[0]:g} to {args.w[1]:g}; widen --w, or sample within it")
     ends = list(itertools.accumulate(s.pop("steps") for s in stages))
     for s, begin, end in zip(stages, [0] + ends, ends):
         s.update(begin=begin, end=end)
@@ -366,13 +388,6 @@ def fill_defaults(args, info):
     runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every")
     train.check_pool(args)
     return stages
-
-
-def parse_stage(text):
-    match = re.fullmatch(r"(w|[1-9]\d*):([1-9]\d*)", text)
-    if not match:
-        raise UserError(f"--stages {text}: write N:STEPS, as 16:10000, or w:STEPS")
-    return match[1] if match[1] == "w" else int(match[1]), int(match[2])
 
 
 def parser():

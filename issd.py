@@ -193,7 +193,7 @@ def fill_defaults(args, info):
     else:
         size = "S" if size == "Ti" else size
         lr, batch, epochs = TRAINING.get((size, side)) or TRAINING[size, 256]
-        lam = nearest(LAM_DISTILLED if info["method"] == "pd" else LAM.get((size, side)) or LAM[size, 256])
+        lam = nearest(LAM_DISTILLED if info["method"] in ("pd", "ddil") else LAM.get((size, side)) or LAM[size, 256])
         preset = dict(lr=lr, batch_size=batch, steps=round(epochs * IMAGENET / batch), lam=lam, data="synthetic:10", eval_samples=0, log_every=100, save_every=1000)
     for key, value in preset.items():
         if getattr(args, key) is None:

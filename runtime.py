@@ -100,9 +100,7 @@ class Processes:
         net.to(self.device).train()
         if compile:
             compile_blocks(net)
-        if self.world == 1:
-            return net
-        return DistributedDataParallel(net, device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+        return net if self.world == 1 else DistributedDataParallel(net, device_ids=[self.local_rank] if self.device.type == "cuda" else None)
 
     def frozen(self, net, compile=False):
         """net on this device, never to train. Under bf16 its matmul weights are stored as what autocast casts
@@ -129,8 +127,7 @@ class Processes:
         """The inverse of rows(): every rank's share of a tensor, put together on all ranks."""
         if self.world == 1:
             return rows
-        parts = [torch.empty_like(rows) for _ in range(self.world)]
-        dist.all_gather(parts, rows.contiguous())
+        dist.all_gather(parts := [torch.empty_like(rows) for _ in range(self.world)], rows.contiguous())
         return torch.cat(parts, dim)
 
     def any(self, flag):
@@ -257,14 +254,12 @@ class EMA:
     @torch.no_grad()
     def update(self, net, n):
         if self.decay:
-            rate = 1 - min(self.decay, (1 + n) / (10 + n))
             sd = net.state_dict()
-            torch._foreach_lerp_(list(self.weights.values()), [sd[k] for k in self.weights], rate)
+            torch._foreach_lerp_(list(self.weights.values()), [sd[k] for k in self.weights], 1 - min(self.decay, (1 + n) / (10 + n)))
 
     def load(self, weights):
-        if self.decay:
-            for k, v in weights.items():
-                self.weights[k].copy_(v)
+        for k, v in weights.items() if self.decay else ():
+            self.weights[k].copy_(v)
 
     def state_dict(self, net):
         """The weights to sample with: the average, or where none is kept the very tensors of net."""

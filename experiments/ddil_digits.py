@@ -29,7 +29,7 @@ SETTINGS = {  # name: words of the command
     "lcm": "--objective lcm --steps 400 --nfe 4",
     "dmd2": "--objective dmd2 --steps 400 --nfe 4",
 }
-RATES = {"pd": [3e-4, 1e-3], "weak": [3e-4, 1e-3], "jump": [3e-4, 1e-3], "lcm": [1e-4, 3e-4, 1e-3], "dmd2": [1e-5, 3e-5, 1e-4]}
+RATES = {"pd": [3e-4, 1e-3, 3e-3], "weak": [3e-4, 1e-3, 3e-3], "jump": [3e-4, 1e-3, 3e-3], "lcm": [3e-5, 1e-4, 3e-4, 1e-3], "dmd2": [3e-5, 1e-4, 3e-4, 1e-3]}
 MIX = {"ddil": "", "plain": "--dagger 0 0", "backward": "--dagger 1 1 --beta 1 1"}  # backward: DMD2's own simulation
 TUNE, HELD_OUT, SEEDS = [0, 1], [3, 4, 5], [0, 1, 2]
 

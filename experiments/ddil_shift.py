@@ -7,7 +7,7 @@ One student step is worth several teacher steps, and both stand on the same node
 1. Table 2: every stretch is gone by the teacher with probability p_T. 2. Tables 3 and 4: teacher first and student from a node on, and the
 reverse. Class accuracy stands for CLIP. 3. The shift itself, node by node: the Frechet distance (pixels) of the states a student visits to
 forward-diffused data, on which it was trained, the teacher's beside it; and the student's error of x0 (root mean square, against the
-teacher's target) on the one and on the other.
+teacher's target) on the one and on the other. Finite samples have a distance too: the value at the first node, where all is noise.
 """
 import argparse
 import sys

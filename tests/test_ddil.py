@@ -247,6 +247,9 @@ def test_the_other_objectives_resume_and_sample(tmp_path, base, objective, more)
     assert max(float((a["model"][k] - start[k]).abs().max()) for k in start) > 1e-4
     script("sample.py", "--ckpt", tmp_path / "a" / "last.pt", "--num-samples", 3, "--out", tmp_path / "x.npz")
     assert Path(tmp_path / "x.npz").exists()
+    if objective == "pd":  # a network that takes w is halved further, but not taught w again
+        refused = script("ddil.py", "--ckpt", tmp_path / "a" / "last.pt", "--objective", "lcm", "--eval-samples", 0, "--dry-run", check=False)
+        assert refused.returncode == 2 and "takes the scale of guidance as an input already" in refused.stderr
 
 
 def test_without_dagger_it_is_progressive_distillation(tmp_path, base, whole):

@@ -43,6 +43,8 @@ def test_stages(fails, ckpt):
     assert "write N:STEPS" in call("--stages", "16")
     assert "15 steps cannot be halved" in call("--stages", "15:5")
     assert "at least one of the form" in call("--stages", "w:5")
+    assert "may stand w:STEPS" in call("--stages", "8:2", "w:2")
+    assert "widen --w" in call("--stages", "w:2", "8:2", "--cfg", 7)
     assert "probabilities" in call("--dagger", 0.5, 1.5)
     assert "leave them out" in call("--nfe", 4)
     assert "50 nodes" in call("--objective", "lcm", "--nfe", 60)
