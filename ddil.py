@@ -27,7 +27,7 @@ keeps the last 4 rollouts, and a new one is made when every state was used 2 (la
 teacher walks far: 33, later 12 %); the learning rate falls to 0 within a stage, and the gradient is clipped at 1, as in PD. Thresholded (reflected diffusion) are the predictions
 of the teacher, in rollouts, in DMD2's critic and in sampling, not the student's in a loss. LCM keeps the student, not its average.
 
-    python ddil.py                                                       the digits, about three minutes on two CPU cores
+    python ddil.py                                                       the digits, a minute and a half on two CPU cores
     python ddil.py --model DiT-XL/2 --stages w:10000 32:10000 16:10000 8:20000 --batch-size 16           one GPU
     torchrun --nproc_per_node 8 ddil.py --model DiT-XL/2 --objective lcm
 

@@ -20,9 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import inception
 
 import data
 import models
@@ -50,6 +48,7 @@ class Inception(nn.Module):
 
     def __init__(self, weights, name, resize):
         super().__init__()
+        from torchvision.models import inception  # here: it takes a second, which most commands need not wait
         net = inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
         weights = models.find_weights(weights, net.state_dict().keys())
         for key, value in net.state_dict().items():
@@ -68,7 +67,7 @@ class Inception(nn.Module):
     def fold(self):
         """Batch norm into the convolution before it, and channels last: the same function, sooner."""
         for m in self.net.modules():
-            if isinstance(m, inception.BasicConv2d):
+            if isinstance(getattr(m, "bn", None), nn.BatchNorm2d):
                 m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
         return self.to(memory_format=torch.channels_last)
 
@@ -155,6 +154,7 @@ class TorchvisionNet(nn.Module):
 
     def __init__(self, name):
         super().__init__()
+        import torchvision
         try:
             weights = torchvision.models.get_model_weights(name).DEFAULT
             self.net = models.local_first(lambda: torchvision.models.get_model(name, weights=weights))

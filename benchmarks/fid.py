@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import scipy
 import torch
+import torchvision
 from issd_step import seconds
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -52,7 +53,7 @@ def frechet(proc, repeats, d=2048, n=3000):
 def extraction(proc, repeats, batch):
     """At 299 px, against the same network as plain float32 eager code with separate batch norm."""
     torch.manual_seed(0)
-    weights = {k: v for k, v in features.inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False).state_dict().items()}
+    weights = {k: v for k, v in torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False).state_dict().items()}
     plain, folded = features.Inception(dict(weights), "x", "adm").to(proc.device), features.Inception(dict(weights), "x", "adm").fold().to(proc.device)
     images = torch.randint(0, 256, (batch, 299, 299, 3), dtype=torch.uint8).to(proc.device).permute(0, 3, 1, 2)
     with fid.full_precision():
