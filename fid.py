@@ -185,7 +185,7 @@ def full_precision():
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(images, net, proc, batch=64, keep=None, quiet=False):
     """Run all images through net, on all ranks; the same result on each of them. Returns a dict:
 
@@ -201,7 +201,8 @@ def measure(images, net, proc, batch=64, keep=None, quiet=False):
                 keys.append(np.arange(first, first + len(x), dtype=np.uint64))
             else:  # those with the smallest hash of their pixels: the same ones in any order
                 keys.append(np.array([int.from_bytes(hashlib.blake2b(v.tobytes(), digest_size=8).digest(), "big") for v in x.cpu().permute(0, 2, 3, 1).numpy()], np.uint64))
-            f, s = net(x.to(proc.device, non_blocking=True))
+            with torch.inference_mode():
+                f, s = net(x.to(proc.device, non_blocking=True))
             plain.update(f)
             if net.spatial:
                 spatial.update(s)
