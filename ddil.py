@@ -134,7 +134,7 @@ def critic_loss(critic, schedule, fake, y_fake, real, y_real, t, noise, predicti
 
 
 def dmd_loss(x, critic, teacher, schedule, t, y, w, noise, prediction="v", project=None, gan=5e-3):
-    """Distribution matching (DMD, Eq. 7-8): the student's sample x moves along the difference of the two denoised x0; and the head's verdict.
+    """Distribution matching (DMD): the student's sample x moves along the difference of the two denoised x0; and the head's verdict.
 
     The gradient wanted is that of x alone.
     """
@@ -329,7 +329,7 @@ PAPER = dict(stages=["32:10000", "16:10000", "8:20000"], steps=20_000, batch_siz
 PAPER_LR = {"pd": 1e-5, "lcm": 1e-6, "dmd2": 5e-7}
 # The digits: chosen by experiments/ddil_digits.py, without DDIL's mixture.
 DIGITS = dict(stages=["16:100", "8:100", "4:100"], steps=400, batch_size=64, nfe=4, data="digits", eval_samples=2000, log_every=20, save_every=50)
-DIGITS_LR = {"pd": 1e-3, "lcm": 1e-4, "dmd2": 1e-4}
+DIGITS_LR = {"pd": 1e-3, "lcm": 3e-5, "dmd2": 1e-4}
 
 
 def fill_defaults(args, info):
