@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from models import local_first
+from checkpoints import local_first
 from runtime import CACHE, StepRandom, UserError, bar, generator, write_text
 from solvers import PROJECTIONS, guide, lcm_grid, make_schedule, sample, schedule_grid
 

@@ -44,6 +44,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import checkpoints
 import data
 import models
 import runtime
@@ -294,13 +295,13 @@ def main(args):
     if args.eval_samples:
         say(proc, f"the control: the ordinary loss for {args.steps} more steps")
         control = proc.mixed(proc.frozen(train.continued(args, source)))
-        before = proc.mixed(proc.frozen(models.load_model(args.ckpt)[0]))
+        before = proc.mixed(proc.frozen(checkpoints.load_model(args.ckpt)[0]))
         at = lambda net, nodes: (net, {**base_info, "threshold": args.threshold, "grid": nodes, "nfe": len(nodes) - 1}, len(nodes) - 1, args.cfg)
         halvings = [s for s in stages if s["nodes"]]
         first, last = halvings[0]["grid"], halvings[-1]["nodes"]
         entries = {"before": at(before, last), f"before, {len(first) - 1} steps": at(before, first), "continued training": at(control, last)}
         for s in halvings:
-            student, made = models.load_model(Path(args.out) / s["file"])
+            student, made = checkpoints.load_model(Path(args.out) / s["file"])
             entries["after" if s is stages[-1] else f"after, {made['nfe']} steps"] = proc.mixed(proc.frozen(student)), made, made["nfe"], made["cfg"]
     name = args.objective + " + ddil" * any(args.dagger)
     train.measure(args, proc, name, time.perf_counter() - began, entries)

@@ -22,8 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+import checkpoints
 import data
-import models
 import runtime
 from data import ASSETS, to_float, to_uint8
 from runtime import UserError
@@ -50,11 +50,11 @@ class Inception(nn.Module):
         super().__init__()
         from torchvision.models import inception  # here: it takes a second, which most commands need not wait
         net = inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
-        weights = models.find_weights(weights, net.state_dict().keys())
+        weights = checkpoints.find_weights(weights, net.state_dict().keys())
         for key, value in net.state_dict().items():
             if key.endswith("num_batches_tracked"):  # not in the published file, and of no use here
                 weights.setdefault(key, value)
-        self.net = models.load_weights(net, weights, name, hint="it is not the Inception network of FID").eval()
+        self.net = checkpoints.load_weights(net, weights, name, hint="it is not the Inception network of FID").eval()
         self.name, self.resize = f"{name}/{resize}", RESIZE[resize]
         self.register_buffer("conv", net.Mixed_6d.branch1x1.conv.weight[:7].detach().clone(), persistent=False)
         for block in (net.Mixed_5b, net.Mixed_5c, net.Mixed_5d):
@@ -157,7 +157,7 @@ class TorchvisionNet(nn.Module):
         import torchvision
         try:
             weights = torchvision.models.get_model_weights(name).DEFAULT
-            self.net = models.local_first(lambda: torchvision.models.get_model(name, weights=weights))
+            self.net = checkpoints.local_first(lambda: torchvision.models.get_model(name, weights=weights))
         except ValueError as e:
             raise UserError(f"--features torchvision-{name}: {e}")
         except (OSError, RuntimeError) as e:
@@ -188,10 +188,10 @@ def load_features(name="inception", resize="adm", device="cpu"):
         published = re.search(r"-([0-9a-f]{8})\.", INCEPTION)[1]
         path = Path(name)
         if name == "inception":
-            path = models.fetch(INCEPTION, runtime.CACHE, check=models.read_file, sha256=published, flag="--features")
+            path = checkpoints.fetch(INCEPTION, runtime.CACHE, check=checkpoints.read_file, sha256=published, flag="--features")
         if not path.is_file():
             raise UserError(f"--features {path}: no such file")
-        held, digest = models.read_file(path), models.file_hash(path)
+        held, digest = checkpoints.read_file(path), checkpoints.file_hash(path)
         told = re.search(r"inception.*-([0-9a-f]{8})\.", path.name)
         if told and not digest.startswith(told[1]):
             raise UserError(f"{path}: its sha256 begins with {digest[:8]}, not as its name says; it is damaged: fetch it again")
@@ -244,9 +244,9 @@ def in_slices(name, x, y=None, num=None, size=None, workers=0):
 
 
 def from_checkpoint(path, num, nfe, cfg, seed, proc):
-    if "format" not in models.read_file(path):
+    if "format" not in checkpoints.read_file(path):
         raise UserError(f"{path} does not say how to sample it: do that with sample.py --model, and give the .npz")
-    net, info = models.load_model(path)
+    net, info = checkpoints.load_model(path)
     if info["scale"] is not None:
         raise UserError(f"{path} makes latents, not images: sample them, decode them with the model's autoencoder, and give the images")
     denoise = proc.mixed(proc.frozen(net))

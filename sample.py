@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import checkpoints
 import data
-import models
 import runtime
 from runtime import Processes, UserError, say
 from solvers import SOLVERS
@@ -30,7 +30,7 @@ def main(args):
         raise UserError("--compare draws a grid: give --out a name ending in .png")
     blocks = []
     for ckpt in [args.ckpt] + ([args.compare] if args.compare else []):
-        net, info = models.load_model(ckpt, args.model, args.image_size)
+        net, info = checkpoints.load_model(ckpt, args.model, args.image_size)
         if args.label is not None and not 0 <= args.label < info["classes"]:
             raise UserError(f"--label {args.label}: must lie between 0 and {info['classes'] - 1}")
         if info["scale"] is not None and out.suffix == ".png":

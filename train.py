@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoints
 import data
 import fid
 import models
@@ -76,11 +77,11 @@ def main(args):
     # Setup data and network:
     dataset = data.load(args.data, args.image_size, args.classes)
     if args.ckpt:
-        info = models.describe(args.ckpt, args.model, args.image_size)
+        info = checkpoints.describe(args.ckpt, args.model, args.image_size)
     else:
         latent = dataset.scale is not None
         arch = models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes, learn_sigma=latent and args.schedule != "interpolant")
-        info = dict(models.DIT_DEFAULTS, name=args.model, arch=arch, classes=dataset.classes, scale=dataset.scale, cfg=1.5 if latent else 1.0)
+        info = dict(checkpoints.DIT_DEFAULTS, name=args.model, arch=arch, classes=dataset.classes, scale=dataset.scale, cfg=1.5 if latent else 1.0)
     info.update(method="train", prediction=args.prediction or info["prediction"], schedule=args.schedule or info["schedule"])
     data.check_fits(dataset, info)
     schedule = make_schedule(info["schedule"]).to(proc.device)
@@ -91,7 +92,7 @@ def main(args):
         return say(proc, f"{info['prediction']} training of {info['name']}, {params / 1e6:.1f}M parameters, on {args.data}: {args.steps:,} steps of batch "
                          f"{args.batch_size}, lr {args.lr:g}, EMA {args.ema}; 3 forward units a step, {3 * args.batch_size * flops:.3g} FLOP")
     if args.ckpt:
-        net, _ = models.load_model(args.ckpt, args.model, args.image_size)
+        net, _ = checkpoints.load_model(args.ckpt, args.model, args.image_size)
     else:
         torch.manual_seed(args.seed)
         net = models.build(info["arch"])
@@ -158,20 +159,20 @@ def continued(args, source):
     own = parser().parse_args([])
     vars(own).update({k: getattr(args, k) for k in ("ckpt", "model", "image_size", "classes", "steps", "batch_size", "lr", "seed", "amp", "resume")},
                      data=str(source), out=f"{args.out}/continued", warmup=0, decay="constant", ema=0.0, clip=0.0, log_every=args.steps, save_every=args.steps)
-    return models.load_model(main(own))[0]
+    return checkpoints.load_model(main(own))[0]
 
 
 def describe_base(args, prediction="eps"):
-    """What base_model(args) will load: models.describe's dict, without touching weights. The base model is --ckpt PATH or URL; with
+    """What base_model(args) will load: checkpoints.describe's dict, without touching weights. The base model is --ckpt PATH or URL; with
     --model alone the released weights; with neither the digits' teacher, which makes this prediction."""
     if args.model is None and args.ckpt is None:
         arch = models.make_arch("DiT-Ti/2", 8, 1, 10, learn_sigma=False)
-        return dict(models.DIT_DEFAULTS, name="DiT-Ti/2", arch=arch, classes=10, scale=None, prediction=prediction, cfg=1.0, method="train")
+        return dict(checkpoints.DIT_DEFAULTS, name="DiT-Ti/2", arch=arch, classes=10, scale=None, prediction=prediction, cfg=1.0, method="train")
     remote = args.ckpt is None or "://" in args.ckpt
     if remote and args.ckpt and not args.dry_run:
-        args.ckpt = str(models.fetch(args.ckpt, runtime.CACHE, check=lambda path: models.load_model(path, args.model, args.image_size)))
+        args.ckpt = str(checkpoints.fetch(args.ckpt, runtime.CACHE, check=lambda path: checkpoints.load_model(path, args.model, args.image_size)))
         remote = False
-    return models.describe(None if remote else args.ckpt, args.model, args.image_size)
+    return checkpoints.describe(None if remote else args.ckpt, args.model, args.image_size)
 
 
 def base_model(args, prediction="eps"):
@@ -179,8 +180,8 @@ def base_model(args, prediction="eps"):
     if args.ckpt is None and args.model is None:
         args.ckpt = str(teacher("runs/teacher-digits" + f"-{prediction}" * (prediction != "eps"), prediction=prediction))
     elif args.ckpt is None:
-        args.ckpt = str(models.upstream_checkpoint(args.model, args.image_size, runtime.CACHE))
-    net, info = models.load_model(args.ckpt, args.model, args.image_size)
+        args.ckpt = str(checkpoints.upstream_checkpoint(args.model, args.image_size, runtime.CACHE))
+    net, info = checkpoints.load_model(args.ckpt, args.model, args.image_size)
     args.model = info["name"]
     return net, info
 
@@ -242,7 +243,7 @@ DIGITS = dict(steps=2000, batch_size=96, lr=3e-3, warmup=100, decay="cosine", em
 
 
 def fill_defaults(args):
-    args.model = args.model or (models.describe(args.ckpt)["name"] if args.ckpt else "DiT-Ti/2")
+    args.model = args.model or (checkpoints.describe(args.ckpt)["name"] if args.ckpt else "DiT-Ti/2")
     for key, value in (DIGITS if args.data == "digits" else PAPER).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)

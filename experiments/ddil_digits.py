@@ -38,7 +38,7 @@ def job(key):
     """("make", T) | ("base", T, nfe) | (setting, mix, threshold, T, seed, lr) -> {nfe: {network: distances}}, seconds."""
     import torch
     torch.set_num_threads(1)
-    import data, ddil, fid, models, train
+    import checkpoints, data, ddil, fid, train
     from runtime import Processes
     from solvers import make_grid
     proc, root = Processes("off"), Path(key[-1])
@@ -53,14 +53,14 @@ def job(key):
             train.teacher(root / f"teacher-{key[1]}", key[1], "v")
             return key, None
         if key[0] == "base":
-            net, info = models.load_model(root / f"teacher-{key[1]}" / "last.pt")
+            net, info = checkpoints.load_model(root / f"teacher-{key[1]}" / "last.pt")
             return key, {str(key[2]): rows(net, {**info, "threshold": "clamp", "grid": make_grid("uniform", key[2]), "nfe": key[2]}, key[2])}
         setting, mix, threshold, T, seed, lr = key[:-1]
         ddil.main(ddil.parser().parse_args(f"--ckpt {root}/teacher-{T}/last.pt {SETTINGS[setting]} {MIX[mix]} --threshold {threshold} --seed {seed} --lr {lr} "
                                            f"--eval-samples 0 --save-every 100000 --out {out}".split()))
         seconds, result = time.process_time() - began, {}
         for file in out.glob("nfe*.pt"):
-            net, info = models.load_model(file)
+            net, info = checkpoints.load_model(file)
             result[str(info["nfe"])] = rows(net, info, info["nfe"])
     return key, {**result, "seconds": seconds}
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import checkpoints
 import data
-import models
 from features import load_features
 from runtime import Processes
 
@@ -70,7 +70,7 @@ def main(args):
     proc, metric = Processes("off"), LPIPS(args.lpips) if args.lpips else Features()
     images, n, pick = {}, args.per_class, lambda maps, rows: [m[rows] for m in maps]
     for name, path, nfe in [("teacher, 32 steps", args.teacher, 32)] + [(p, p, None) for p in args.students]:
-        net, info = models.load_model(path)
+        net, info = checkpoints.load_model(path)
         x, y = data.sample_images(proc.mixed(proc.frozen(net)), info, proc, n * max(info["classes"], 1), args.seed, nfe, desc=name)
         images[name] = metric.features(data.to_float(torch.from_numpy(x)))
     y = torch.from_numpy(y)

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import checkpoints
 import data
 import fid
-import models
 from runtime import Processes, generator
 from solvers import PROJECTIONS, add_noise, ddim_invert, make_grid, make_schedule, mixed_rollout, to_x0_eps, walk
 
@@ -27,7 +27,7 @@ class Pair:
     """A teacher of `steps` DDIM steps and a student with its own grid, on the digits."""
 
     def __init__(self, teacher, student, steps, num, seed):
-        (teacher, info), (student, made) = models.load_model(teacher), models.load_model(student)
+        (teacher, info), (student, made) = checkpoints.load_model(teacher), checkpoints.load_model(student)
         proc = Processes("off")
         self.student, self.teacher = proc.mixed(proc.frozen(student)), proc.mixed(proc.frozen(teacher))
         self.schedule, self.nodes, self.prediction = make_schedule(info["schedule"]), made["grid"], made["prediction"]

@@ -34,7 +34,7 @@ def job(key):
     """One row of numbers: ("make", T) | ("base", T, noise, nfe) | ("continued" or a reading, T, noise, seed, lam, lr, steps)."""
     import torch
     torch.set_num_threads(1)
-    import data, fid, issd, models, train
+    import checkpoints, data, fid, issd, train
     from runtime import Processes
     proc, out = Processes("off"), Path(key[-1]) / "-".join(str(k) for k in key[:-1])
     kind, T, *rest = key[:-1]
@@ -53,7 +53,7 @@ def job(key):
                 train.main(train.parser().parse_args(f"{common} --warmup 0 --decay constant --ema 0 --clip 0".split()))
             else:
                 issd.main(issd.parser().parse_args(f"{common} --nfe 10 --lam {lam} --reading {kind} --eval-samples 0".split()))
-        net, info = models.load_model(ckpt)
+        net, info = checkpoints.load_model(ckpt)
         x, y = data.sample_images(proc.mixed(proc.frozen(net)), info, proc, 2000, noise, nfe, 1.0)
     return key, {name: fid.evaluate(x, y, proc, name) for name in NETWORKS}
 

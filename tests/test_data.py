@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 from test_errors import latents
 
+import checkpoints
 import data
 import models
 from runtime import Processes, UserError
@@ -104,7 +105,7 @@ def test_latents_are_sampled_from_their_posterior(tmp_path):
 
 def test_synthetic_data_is_made_once_and_continues(tmp_path, tiny, monkeypatch):
     proc = Processes("off")
-    info = dict(models.DIT_DEFAULTS, arch=tiny.arch, classes=10, schedule="linear", prediction="eps", scale=None, grid=None, nfe=None, cfg=1.0)
+    info = dict(checkpoints.DIT_DEFAULTS, arch=tiny.arch, classes=10, schedule="linear", prediction="eps", scale=None, grid=None, nfe=None, cfg=1.0)
     monkeypatch.setattr(data, "CHUNK", 10)
     calls = []
 
@@ -132,7 +133,7 @@ def test_synthetic_data_is_made_once_and_continues(tmp_path, tiny, monkeypatch):
 
 def test_samples_do_not_depend_on_the_number_of_processes(tiny, monkeypatch):
     monkeypatch.setattr(data, "CHUNK", 5)
-    info = dict(models.DIT_DEFAULTS, arch=tiny.arch, classes=10, schedule="linear", prediction="eps", scale=None, grid=None, nfe=4, cfg=1.0)
+    info = dict(checkpoints.DIT_DEFAULTS, arch=tiny.arch, classes=10, schedule="linear", prediction="eps", scale=None, grid=None, nfe=4, cfg=1.0)
     one = {i: x for i, x, _ in data.sample_chunks(tiny, info, Processes("off"), 13, 0)}
     two = {i: x for r in (0, 1) for i, x, _ in data.sample_chunks(tiny, info, Rank(r, 2), 13, 0)}
     assert one.keys() == two.keys() == {0, 5, 10} and all(torch.equal(one[i], two[i]) for i in one)

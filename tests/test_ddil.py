@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, checkpoint, losses, script, torchrun, weights
 from test_runs import same, start_and_signal
 
+import checkpoints
 import data
 import ddil
 import models
@@ -225,13 +226,13 @@ def test_two_processes_agree_with_one_and_hold_the_same_states(tmp_path, base, w
 
 def test_checkpoints_say_what_they_are(tmp_path, base, whole):
     """Every stage leaves its student, with the grid it was made for; sample.py and issd.py take it as it is."""
-    four, two = (models.load_model(whole / f"nfe{n}.pt")[1] for n in (4, 2))
+    four, two = (checkpoints.load_model(whole / f"nfe{n}.pt")[1] for n in (4, 2))
     assert four["grid"] == halve_grid(make_grid("uniform", 8)) and two["grid"] == halve_grid(four["grid"]) == [999, 499, -1]
     assert (two["nfe"], two["prediction"], two["method"], two["threshold"], two["solver"]) == (2, "v", "ddil", "clamp", "ddim")
     assert not same(weights(whole), torch.load(whole / "nfe4.pt", weights_only=True)["model"])
     script("sample.py", "--ckpt", whole / "nfe4.pt", "--num-samples", 3, "--out", tmp_path / "x.npz")
     done = script("issd.py", "--ckpt", whole / "nfe4.pt", "--steps", 2, "--batch-size", 4, "--eval-samples", 0, "--out", tmp_path / "issd", "--data", "digits")
-    assert "is ready" in done.stdout and models.load_model(tmp_path / "issd" / "last.pt")[1]["grid"] == four["grid"]
+    assert "is ready" in done.stdout and checkpoints.load_model(tmp_path / "issd" / "last.pt")[1]["grid"] == four["grid"]
 
 
 @pytest.mark.parametrize("objective, more", [("lcm", ()), ("dmd2", ()), ("pd", ("--stages", "w:6", "4:6"))])
@@ -245,7 +246,7 @@ def test_the_other_objectives_resume_and_sample(tmp_path, base, objective, more)
     assert same(a["model"], b["model"]) and losses(tmp_path / "a") == losses(tmp_path / "b") and min(losses(tmp_path / "a")) > 0
     start = torch.load(base, weights_only=True)["model"]
     assert max(float((a["model"][k] - start[k]).abs().max()) for k in start) > 1e-4
-    net, info = models.load_model(tmp_path / "a" / "last.pt")
+    net, info = checkpoints.load_model(tmp_path / "a" / "last.pt")
     x, _ = data.sample_images(Processes("off").mixed(net), info, Processes("off"), 3, 0)
     assert x.shape == (3, 1, 8, 8) and x.std() > 0 and info["solver"] == ("ddim" if objective == "pd" else "lcm")
     if objective == "pd":  # a network that takes w is halved further, but not taught w again

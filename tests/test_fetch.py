@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import checkpoint, script, torchrun
 
+import checkpoints
 import models
-from models import fetch
+from checkpoints import fetch
 from runtime import UserError
 
 
@@ -81,7 +82,7 @@ def test_a_server_that_cannot_continue_begins_again(server, tmp_path):
 
 def test_wrong_contents_and_wrong_hash_are_deleted(server, tmp_path):
     Server.body = b"<html>not weights</html>"
-    from models import load_model
+    from checkpoints import load_model
     with pytest.raises(UserError, match="does not hold what it should and was deleted"):
         fetch(server, tmp_path, lambda path: load_model(path, "DiT-XL/2"))
     assert names(tmp_path) == []
@@ -109,7 +110,7 @@ def test_safetensors_by_url(server, tmp_path, tiny):
     from test_models import write_safetensors
     write_safetensors(tmp_path / "x.safetensors", tiny.state_dict())
     Server.body = (tmp_path / "x.safetensors").read_bytes()
-    path = fetch(server.replace("x.pt", "x.safetensors"), tmp_path / "c", lambda p: models.load_weights(models.build(tiny.arch), models.read_file(p), p))
+    path = fetch(server.replace("x.pt", "x.safetensors"), tmp_path / "c", lambda p: checkpoints.load_weights(models.build(tiny.arch), checkpoints.read_file(p), p))
     assert path.name == "x.safetensors"
 
 

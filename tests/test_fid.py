@@ -372,8 +372,8 @@ def test_large_references_keep_the_same_images_in_any_order(monkeypatch):
 
 def test_checkpoint_is_sampled(ckpt, measured):
     """The numbers of the method scripts, from the same samples."""
-    import models
-    proc, (net, info) = Processes("off"), models.load_model(ckpt)
+    import checkpoints
+    proc, (net, info) = Processes("off"), checkpoints.load_model(ckpt)
     want = fid.evaluate(*data.sample_images(proc.mixed(net), info, proc, 300, 5, 4, 1.0), proc)
     got = numbers(measured(ckpt, "digits", "--num-samples", 300, "--nfe", 4, "--seed", 5, "--features", "digits-cnn", "--json").out)
     assert "4 steps, guidance 1, seed 5" in got["samples"] and got["samples_count"] == 300

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, script, weights
 
+import checkpoints
 import issd
 import models
 from runtime import Processes, adamw
@@ -156,7 +157,7 @@ def test_presets_are_table_9():
     assert (a.lam, a.lr, a.batch_size, a.steps) == (0.10, 1e-5, 512, 500)
     a = chosen("--model", "DiT-B/2", "--nfe", "50")
     assert (a.lam, a.lr, a.batch_size, a.steps) == (0.35, 5e-6, 256, 1001)
-    info = dict(models.DIT_DEFAULTS, name="DiT-XL/2", classes=1000, arch=models.make_arch("DiT-XL/2", 32, 4, 1000, True), method="pd", nfe=4)
+    info = dict(checkpoints.DIT_DEFAULTS, name="DiT-XL/2", classes=1000, arch=models.make_arch("DiT-XL/2", 32, 4, 1000, True), method="pd", nfe=4)
     assert chosen("--model", "DiT-XL/2", info=info).lam == 0.05 and chosen("--model", "DiT-XL/2", info=info).nfe == 4
     assert chosen("--model", "DiT-XL/2", "--lam", "0.4", "--lr", "1e-3").lam == 0.4
 
@@ -169,7 +170,7 @@ def test_a_student_samples_without_fusion_and_as_it_was_trained(tmp_path, ckpt):
     import data
     from runtime import generator
     from solvers import guide, sample
-    net, info = models.load_model(tmp_path / "run" / "last.pt")
+    net, info = checkpoints.load_model(tmp_path / "run" / "last.pt")
     assert info["nfe"] == 7 and info["grid"] == make_grid("dit", 7) and info["cfg"] == 2 and info["method"] == "issd"
     noise = torch.randn(5, 1, 8, 8, generator=generator("cpu", 0, 0, 4))
     x = sample(guide(net, 2.0), noise, torch.arange(5), make_schedule("linear"), make_grid("dit", 7))

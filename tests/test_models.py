@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import GOLDEN, checkpoint
 
+import checkpoints
 import models
 from runtime import UserError
 
@@ -17,7 +18,7 @@ ARCH = dict(net="DiT", input_size=8, patch_size=2, in_channels=4, hidden_size=48
 def upstream(golden):
     f = golden("dit_tiny_p2.npz")
     sd = {k[3:]: torch.from_numpy(f[k].astype(np.float32)) for k in f.files if k.startswith("sd/")}
-    return f, models.load_weights(models.build(ARCH), sd, "golden").eval()
+    return f, checkpoints.load_weights(models.build(ARCH), sd, "golden").eval()
 
 
 def test_forward_equals_upstream(upstream):
@@ -140,16 +141,16 @@ WRAPPERS = {
 def test_tolerant_loading(tmp_path, form):
     sd = small().state_dict()
     torch.save(WRAPPERS[form](sd), tmp_path / "x.pt")
-    net = models.load_weights(models.build(small().arch), models.read_file(tmp_path / "x.pt"), form)
+    net = checkpoints.load_weights(models.build(small().arch), checkpoints.read_file(tmp_path / "x.pt"), form)
     assert all(torch.equal(v, sd[k]) for k, v in net.state_dict().items())
 
 
 def test_lightning_average_and_safetensors(tmp_path):
     sd = small().state_dict()
-    net = models.load_weights(small(), lightning(sd, True), "x")
+    net = checkpoints.load_weights(small(), lightning(sd, True), "x")
     assert all(torch.equal(v, sd[k] + 1) for k, v in net.state_dict().items())
     write_safetensors(tmp_path / "x.safetensors", sd)
-    net = models.load_weights(models.build(small().arch), models.read_file(tmp_path / "x.safetensors"), "x")
+    net = checkpoints.load_weights(models.build(small().arch), checkpoints.read_file(tmp_path / "x.safetensors"), "x")
     assert all(torch.equal(v, sd[k]) for k, v in net.state_dict().items())
 
 
@@ -157,7 +158,7 @@ def test_upstream_file_with_other_classes(tmp_path):
     """A raw DiT-S/8 for 7 classes: the name gives the shape, the label table the classes."""
     net = models.fill_random(models.build(models.make_arch("DiT-S/8", 32, 4, 7, True)))
     torch.save({"ema": net.state_dict()}, tmp_path / "x.pt")
-    loaded, info = models.load_model(tmp_path / "x.pt", "DiT-S/8")
+    loaded, info = checkpoints.load_model(tmp_path / "x.pt", "DiT-S/8")
     assert info["classes"] == loaded.num_classes == 7 and info["cfg"] == 1.5 and info["scale"] == 0.18215
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in loaded.state_dict().items())
 
@@ -168,9 +169,9 @@ def test_wrong_keys_and_shapes_are_named():
     sd["extra.weight"] = torch.zeros(1)
     del sd["pos_embed"]
     with pytest.raises(UserError, match=r"missing 1: pos_embed; unexpected 1: extra.weight; misshaped 1: blocks.0.mlp.fc1.weight \(3, 3\) instead of"):
-        models.load_weights(small(), sd, "x")
+        checkpoints.load_weights(small(), sd, "x")
     with pytest.raises(UserError, match="diffusers"):
-        models.load_weights(small(), {"transformer_blocks.0.attn1.to_q.weight": torch.zeros(1)}, "x")
+        checkpoints.load_weights(small(), {"transformer_blocks.0.attn1.to_q.weight": torch.zeros(1)}, "x")
 
 
 def test_student_opens_as_upstream_does(tmp_path, golden):

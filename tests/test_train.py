@@ -3,6 +3,7 @@ import pytest
 import torch
 from test_models import ARCH
 
+import checkpoints
 import models
 import train
 from solvers import add_noise, make_schedule
@@ -13,7 +14,7 @@ def test_learned_variance_loss_equals_upstream(golden, dtype):
     """mse and vb (bits per dimension) of upstream's training_losses for fixed t and noise, among them t = 0."""
     f, weights = golden("dit_losses.npz"), golden("dit_tiny_p2.npz")
     sd = {k[3:]: torch.from_numpy(weights[k].astype(np.float32)) for k in weights.files if k.startswith("sd/")}
-    net = models.load_weights(models.build(ARCH), sd, "golden").to(dtype)
+    net = checkpoints.load_weights(models.build(ARCH), sd, "golden").to(dtype)
     s = make_schedule("linear")
     x0, noise = (torch.from_numpy(f[f"p2/{k}"]).to(dtype) for k in ("x0", "noise"))
     t, y, end = torch.from_numpy(f["p2/t"]), torch.from_numpy(f["p2/y"]), "_f64" if dtype == torch.float64 else ""

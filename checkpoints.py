@@ -1,0 +1,250 @@
+"""Files of weights: reading what others have written, strict loading, downloads.
+
+A checkpoint of ours is a plain dictionary that says what it holds. Taken as well: upstream's files, raw state dicts, Lightning's,
+safetensors.
+"""
+import hashlib
+import http.client
+import json
+import os
+import platform
+import re
+import struct
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from models import build, make_arch
+from runtime import UserError, write_text
+
+# ---------------------------------------------------------------------------------------------------
+# Reading and loading
+# ---------------------------------------------------------------------------------------------------
+
+UPSTREAM = {
+    ("DiT-XL/2", 256): "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt",
+    ("DiT-XL/2", 512): "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-512x512.pt",
+}
+
+# What an upstream DiT file does not say of itself.
+DIT_DEFAULTS = dict(prediction="eps", schedule="linear", scale=0.18215, grid=None, nfe=None, cfg=1.5, method=None, solver="ddim", threshold="off")
+
+
+def read_safetensors(path):
+    """A safetensors file: an 8-byte little-endian length, a JSON header, raw tensors."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+              "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+    raw = np.memmap(path, dtype=np.uint8, mode="c")
+    size = struct.unpack("<Q", raw[:8].tobytes())[0]
+    header = json.loads(raw[8:8 + size].tobytes())
+    header.pop("__metadata__", None)
+    out = {}
+    for key, v in header.items():
+        begin, end = (8 + size + o for o in v["data_offsets"])
+        if end > len(raw):
+            raise ValueError(f"{key} ends beyond the file")
+        out[key] = torch.from_numpy(np.array(raw[begin:end])).view(dtypes[v["dtype"]]).reshape(v["shape"])
+    return out
+
+
+def read_file(path):
+    """Any checkpoint file -> what it holds (a dict), on the CPU. Raises UserError when it cannot be read."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path}: no such file; give --ckpt an existing one")
+    try:
+        if ".safetensors" in path.name:  # also while it is being fetched
+            return read_safetensors(path)
+        torch.serialization.add_safe_globals([Namespace])  # upstream DiT pickles its arguments
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as e:  # a damaged file fails in as many ways as there are formats
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(f"checkpoint {path}: cannot be read ({type(e).__name__}: {reason[:160]}); it is damaged or not a file of weights")
+    if not isinstance(held, dict) or not held:
+        raise UserError(f"checkpoint {path}: holds no weights")
+    return held
+
+
+def find_weights(ckpt, wanted):
+    """The state dict inside a checkpoint, under plain names.
+
+    Takes our dict or upstream's ("ema" before "model" before "state_dict"), a raw state dict, the prefixes of
+    DDP ("module.") and torch.compile ("_orig_mod."), and Lightning files of latent diffusion
+    ("model.diffusion_model.*", with the average under "model_ema.*", whose names have lost their dots).
+    `wanted`: the keys the network has.
+    """
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(ckpt.get(key), dict):
+            ckpt = ckpt[key]
+            break
+    sd = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in ckpt.items() if isinstance(v, torch.Tensor)}
+    if any(k.startswith("model.diffusion_model.") for k in sd):
+        averaged = {k: "model_ema.diffusion_model" + k.replace(".", "") for k in wanted}
+        if all(a in sd for a in averaged.values()):
+            return {k: sd[a] for k, a in averaged.items()}
+        cut = "model.diffusion_model."
+        return {k[len(cut):]: v for k, v in sd.items() if k.startswith(cut)}
+    return sd
+
+
+def load_weights(net, ckpt, name, hint="check --model and --image-size"):
+    """Strict load of find_weights(ckpt) into net (float32). A UserError names the first few differences."""
+    own = net.state_dict()
+    sd = find_weights(ckpt, own.keys())
+    if any(".to_q." in k or k.startswith(("down_blocks.", "transformer_blocks.")) for k in sd) and not sd.keys() & own.keys():
+        raise UserError(f"checkpoint {name}: these are diffusers' key names; convert it to the upstream (CompVis or DiT) layout first")
+    missing, extra = [k for k in own if k not in sd], [k for k in sd if k not in own]
+    shapes = [f"{k} {tuple(sd[k].shape)} instead of {tuple(own[k].shape)}" for k in own if k in sd and sd[k].shape != own[k].shape]
+    wrong = [f"{what} {len(keys)}: {', '.join(keys[:3])}" for what, keys in (("missing", missing), ("unexpected", extra), ("misshaped", shapes)) if keys]
+    if wrong:
+        raise UserError(f"checkpoint {name} does not fit the network ({'; '.join(wrong)}); {hint}")
+    net.load_state_dict(sd)
+    return net
+
+
+def describe(ckpt, name=None, image_size=256):
+    """What a checkpoint is, without its weights: prediction, schedule, scale, classes, grid, nfe, cfg, solver,
+    threshold, method, arch, name.
+
+    ckpt: a path, or None for the released network called `name`. Our own files say all this themselves; for upstream DiT
+    weights it follows from `name` ("DiT-XL/2") and `image_size` (256 or 512).
+    """
+    held = read_file(ckpt) if ckpt else {}
+    if "format" in held:
+        if held["format"] != 1:
+            raise UserError(f"checkpoint {ckpt}: format {held['format']}, this code reads format 1")
+        if name and name != held["name"]:
+            raise UserError(f"checkpoint {ckpt} holds {held['name']}, not --model {name}; leave --model out")
+        held = {"solver": "ddim", "threshold": "off", **held}
+        return {k: held[k] for k in ("name", "arch", "classes", *DIT_DEFAULTS)}
+    if not name:
+        raise UserError(f"checkpoint {ckpt} does not say what it is; name it with --model, for example DiT-XL/2")
+    table = find_weights(held, ()).get("y_embedder.embedding_table.weight")
+    classes = 1000 if table is None else len(table) - 1
+    return dict(DIT_DEFAULTS, name=name, classes=classes, arch=make_arch(name, image_size // 8, 4, classes, True))
+
+
+def load_model(path, name=None, image_size=256):
+    """A checkpoint's path -> (network in eval mode on the CPU, its describe())."""
+    ckpt = read_file(path)
+    info = describe(path, name, image_size)
+    with torch.device("meta"):
+        net = build(info["arch"])
+    return load_weights(net.to_empty(device="cpu"), ckpt, path).eval(), info
+
+
+# ---------------------------------------------------------------------------------------------------
+# Downloads
+# ---------------------------------------------------------------------------------------------------
+
+
+def local_first(work):
+    """work() on local rank 0, and when that has ended well on the others; returns its result on each. For downloads."""
+    first, result, error = os.environ.get("LOCAL_RANK", "0") == "0", None, None
+    if first:
+        try:
+            result = work()
+        except Exception as e:
+            error = e
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, str(error) if error else None)
+        error = error or next((UserError(e) for e in errors if e), None)
+    if error:
+        raise error
+    return result if first else work()
+
+
+def file_hash(path):
+    """sha256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch(url, folder, check, sha256="", flag="--ckpt", tries=3):
+    """Download url below folder once; returns the path. Local rank 0 works, the others wait for it.
+
+    The file grows under a temporary name and continues where it broke off (within `tries`, and in the next run).
+    It takes its name only when it has its full length, the published `sha256` (or its beginning) where there is one, and check(path)
+    raises no UserError; the hash is recorded beside it. Raises UserError, leaving no file of that name. flag: what takes a path instead.
+    """
+    path = Path(folder) / hashlib.sha256(url.encode()).hexdigest()[:8] / url.rsplit("/", 1)[-1]  # many URLs end in the same name
+
+    def work():
+        if path.exists():
+            return path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = _download(url, path, flag, tries)
+            digest = file_hash(part)
+            try:
+                if not digest.startswith(sha256):
+                    raise UserError(f"sha256 is {digest}, published is {sha256}")
+                check(part)
+            except UserError as e:
+                part.unlink()
+                raise UserError(f"{url} does not hold what it should and was deleted ({e})")
+            write_text(path.with_name(path.name + ".sha256"), f"{digest}  {path.name}\n")
+            os.replace(part, path)
+        except OSError as e:
+            raise UserError(f"cannot fetch {url} into {path.parent}: {e.strerror or e}; free some space, or download it yourself and give {flag} PATH")
+        return path
+
+    return local_first(work)
+
+
+def _download(url, path, flag, tries):
+    for attempt in range(tries):
+        try:
+            return _download_once(url, path)
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
+            reason = getattr(e, "reason", e)
+            if isinstance(e, urllib.error.HTTPError) and e.code < 500:
+                break
+            time.sleep(attempt)
+    kept = next(iter(path.parent.glob(path.name + ".*.part")), None)
+    kept = f"{kept.stat().st_size:,} bytes are kept in {kept}, the same command continues" if kept else "nothing was kept"
+    raise UserError(f"cannot fetch {url}: {reason} ({kept}); check the connection, or download it yourself and give {flag} PATH")
+
+
+def _download_once(url, path):
+    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as response:
+        length = int(response.headers.get("Content-Length") or 0)
+        version = hashlib.sha256(f"{length} {response.headers.get('ETag')} {response.headers.get('Last-Modified')}".encode()).hexdigest()[:8]
+    part = path.with_name(f"{path.name}.{version}.{platform.node()}.part")  # another version, another machine: another name
+    for old in path.parent.glob(f"{path.name}.*.{platform.node()}.part"):
+        if old != part or old.stat().st_size > length > 0:
+            old.unlink()
+    have = part.stat().st_size if part.exists() else 0
+    if not length or have < length:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            if have and getattr(response, "status", None) != 206:  # this server cannot continue
+                have = 0
+            with open(part, "ab" if have else "wb") as f, tqdm(total=length or None, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := response.read(1 << 20):
+                    f.write(block)
+                    bar.update(len(block))
+    if length and part.stat().st_size != length:
+        raise ConnectionError(f"connection closed after {part.stat().st_size:,} of {length:,} bytes")
+    return part
+
+
+def upstream_checkpoint(name, image_size, folder):
+    """Fetch the released weights of `name` once into `folder`; returns their path."""
+    url = UPSTREAM.get((name, image_size))
+    if url is None:
+        known = ", ".join(f"{n} at {r}" for n, r in UPSTREAM)
+        raise UserError(f"no released weights for {name} at {image_size} (there are: {known}); give --ckpt PATH, or train it with train.py")
+    return fetch(url, folder, check=lambda path: load_model(path, name, image_size))
