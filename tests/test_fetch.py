@@ -43,7 +43,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(models.time, "sleep", lambda _: None)
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda _: None)
 
 
 def accept(path):
