@@ -6,6 +6,7 @@ factor latents were multiplied by) and len(). Pixels are in [-1, 1].
 """
 import itertools
 import json
+import math
 import os
 import struct
 import zlib
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from checkpoints import local_first
 from runtime import CACHE, StepRandom, UserError, bar, generator, write_text
-from solvers import PROJECTIONS, guide, lcm_grid, make_schedule, sample, schedule_grid
+from solvers import PROJECTIONS, fused, guide, make_schedule, sample, solver_grid
 
 ASSETS = Path(__file__).parent / "assets"
 CHUNK = 250  # samples are drawn in chunks of this many, each from its own seed: the same on any number of processes
@@ -258,22 +259,33 @@ def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, solver=None, l
     schedule = make_schedule(info["schedule"]).to(proc.device)
     nfe = (info["nfe"] or 50) if nfe is None else nfe
     solver = solver or info["solver"]
-    if info["grid"] and nfe == info["nfe"]:
-        grid = info["grid"]
-    else:
-        grid = lcm_grid(nfe, schedule.T) if solver == "lcm" else schedule_grid(schedule, None, nfe)
-    guided = guide(net, info["cfg"] if cfg is None else cfg)
+    grid = solver_grid(schedule, solver, nfe, info["grid"])
+    cfg = info["cfg"] if cfg is None else cfg
+    nets = [node_net(net, info, t, cfg) for t in grid[:-1]]
+    if solver == "fused":
+        nets, solver = fused(nets, [node_net(info.get("source", net), info, t, cfg) for t in grid[:-1]], info["lam"]), "ddim"
     chunks = [c for c in range((num + CHUNK - 1) // CHUNK) if c % proc.world == proc.rank and (todo is None or todo(c))]
     arch, K = info["arch"], info["classes"]
-    with bar(proc, len(chunks) * (len(grid) - 1), f"{desc} ({len(grid) - 1} steps)") as progress:
+    with bar(proc, len(chunks) * nfe, f"{desc} ({nfe} evaluations)") as progress:
         for c in chunks:
             n = min(CHUNK, num - c * CHUNK)
             noise = torch.randn(n, arch["in_channels"], arch["input_size"], arch["input_size"],
                                 generator=generator(proc.device, seed, c, 4), device=proc.device)
             y = torch.arange(c * CHUNK, c * CHUNK + n, device=proc.device) % max(K, 1) if label is None else torch.full((n,), label, device=proc.device)
             fresh = generator(proc.device, seed, c, 6)
-            yield c * CHUNK, sample(guided, noise, y, schedule, grid, info["prediction"], on_step=progress.update, solver=solver, project=PROJECTIONS[info["threshold"]],
-                                    noise=lambda x: torch.randn(x.shape, generator=fresh, device=x.device)), y
+            x = sample(nets, noise, y, schedule, grid, info["prediction"], on_step=progress.update, solver=solver,
+                       project=PROJECTIONS[info["threshold"]], noise=lambda x: torch.randn(x.shape, generator=fresh, device=x.device))
+            yield c * CHUNK, x, y
+
+
+def node_net(net, info, t, cfg):
+    """The network at node t: guided where guidance acts (cfg_interval), the base model where this one was not trained (only_node)."""
+    low, high = info.get("cfg_interval") or (-1, math.inf)
+    if info.get("only_node") not in (None, t):
+        net = info.get("elsewhere")
+        if net is None:
+            raise UserError(f"this network was trained for t = {info['only_node']:g} only: give the model that samples --elsewhere, its base")
+    return guide(net, cfg if low <= t <= high else 1.0, null=info.get("null"))
 
 
 def sample_images(net, info, proc, num, seed, nfe=None, cfg=None, solver=None, desc="sampling"):

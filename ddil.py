@@ -335,22 +335,16 @@ DIGITS_LR = {"pd": 1e-3, "lcm": 3e-5, "dmd2": 1e-4}
 
 def fill_defaults(args, info):
     """Defaults for the digits and for the rest; returns the stages: {kind, begin, end, file, grid: the teacher's, nodes: the student's, starts: where it trains}."""
-    side = info["arch"]["input_size"] * (8 if info["scale"] else 1)
-    digits = (info["arch"]["in_channels"], side, info["classes"]) == (1, 8, 10)
+    digits = train.is_digits(info)
     if args.objective == "pd" and (args.steps or args.nfe):
         raise UserError("--steps and --nfe follow from --stages in progressive distillation; leave them out")
-    for key, value in {**(DIGITS if digits else PAPER), "lr": (DIGITS_LR if digits else PAPER_LR)[args.objective]}.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    args.cfg = info["cfg"] if args.cfg is None else args.cfg
+    train.fill(args, info, {**(DIGITS if digits else PAPER), "lr": (DIGITS_LR if digits else PAPER_LR)[args.objective]})
     args.threshold = args.threshold or ("clamp" if info["scale"] is None else "quantile")
     args.weight = args.weight or ("output" if info["prediction"] == "eps" else "snr")
     args.w = [args.cfg, args.cfg] if args.objective == "dmd2" else args.w
     schedule = make_schedule(info["schedule"])
     if schedule.continuous:
         raise UserError("ddil.py wants a model with discrete steps, this one is an interpolant")
-    if args.eval_samples and (not digits or args.eval_samples < 2):
-        raise UserError(f"--eval-samples {args.eval_samples}: at least 2, and only for the digits; else 0, and fid.py measures what sample.py makes")
     if not all(0 <= v <= 1 for v in (*args.dagger, *args.beta)) or min(args.reuse) <= 0 or not 1 <= args.w[0] <= args.w[1]:
         raise UserError("--dagger and --beta are probabilities, --reuse is positive, --w is two scales of guidance of at least 1 in their order")
     stages, nodes = [], None

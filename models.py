@@ -138,6 +138,8 @@ class DiT(nn.Module):
                  without one opens here unchanged (ours, after Meng et al., "On Distillation of Guided Diffusion Models")
     """
 
+    cfg_channels = 3  # guidance acts on these: solvers.guide
+
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  num_classes=1000, learn_sigma=True, guidance=False):
         super().__init__()

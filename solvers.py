@@ -6,6 +6,7 @@ the network.
 """
 import math
 
+import numpy as np
 import torch
 
 from runtime import UserError
@@ -26,7 +27,8 @@ class VP:
     """Discrete variance-preserving schedule: alpha_t^2 = prod(1 - beta), sigma_t^2 = 1 - alpha_t^2.
 
     Timesteps are integers 0..T-1, and -1 is the clean end (alpha = 1, sigma = 0): the tables carry it as their
-    last entry. Tables are float64. `beta` and `post_logvar` (T,) serve the learned-variance term and DDPM.
+    last entry. Tables are float64. Between integers log alpha is linear, as in DPM-Solver, and middle() looks there.
+    `beta` and `post_logvar` (T,) serve the learned-variance term.
     """
 
     def __init__(self, betas):
@@ -37,6 +39,7 @@ class VP:
         self.alpha = torch.cat([abar.sqrt(), abar.new_ones(1)])
         self.sigma = torch.cat([(1 - abar).sqrt(), abar.new_zeros(1)])
         self.beta, self.post_logvar = betas, torch.cat([post_var[1:2], post_var[1:]]).log()  # "clipped": entry 0 would be log 0
+        self.lmb = (0.5 * (abar / (1 - abar)).log()).numpy()  # log(alpha / sigma), falling with t; stays on the host
 
     def to(self, device):
         for name in ("alpha", "sigma", "beta", "post_logvar"):
@@ -44,8 +47,19 @@ class VP:
         return self
 
     def at(self, t, x):
-        """alpha_t and sigma_t for t, (B,) long or int, shaped to multiply x."""
+        """alpha_t and sigma_t for t, an int, a float >= 0 or (B,) long, shaped to multiply x."""
+        if isinstance(t, float):
+            log_alpha = self.alpha[:-1].log()
+            i = min(int(t), self.T - 2)
+            log_alpha = torch.lerp(log_alpha[i], log_alpha[i + 1], t - i)
+            return column(log_alpha.exp(), x), column((-torch.expm1(2 * log_alpha)).sqrt(), x)
         return column(self.alpha[t], x), column(self.sigma[t], x)
+
+    def middle(self, t, u):
+        """The time, a float, at which lmb is half way between those of t and u (floats or ints >= 0)."""
+        times = np.arange(self.T)
+        lmb = np.interp([t, u], times, self.lmb).mean()
+        return float(np.interp(-lmb, -self.lmb, times))
 
 
 class Interpolant:
@@ -225,56 +239,168 @@ def ddim_invert(schedule, x_t, x_u, t, u):
     return (x_u - r * x_t) / (alpha_u - r * alpha_t)
 
 
-def guide(net, cfg, channels=3):
+def guide(net, cfg, channels=None, null=None):
     """Classifier-free guidance, both halves in one forward: out_null + cfg (out_y - out_null); cfg = 1 is no guidance.
 
-    Only the first `channels` channels are guided: 3 is what upstream DiT does, also on its 4-channel latents (its
-    authors call it unintended, but its published numbers have it); the others stay conditional. A network that was distilled to
-    take the scale as an input gets it, in a single evaluation.
+    channels: how many are guided, the others stay conditional; default: the network's own `cfg_channels`, else all. It is 3 for DiT, also on its
+    4-channel latents (its authors call that unintended, but its published numbers have it). null: the condition of "nothing",
+    (1, ...); default: the null label. A network that was distilled to take the scale as an input gets it, in a single evaluation.
     """
-    if getattr(getattr(net, "net", net), "guidance", False):  # it takes the scale as an input
-        return lambda x, t, y: net(x, t, y, torch.full_like(t, cfg, dtype=torch.float32))
+    inner = getattr(net, "net", net)
+    if getattr(inner, "guidance", False):  # it takes the scale as an input
+        return lambda x, t, y, **kw: net(x, t, y, torch.full_like(t, cfg, dtype=torch.float32), **kw)
     if cfg == 1:
         return net
+    channels = channels or getattr(inner, "cfg_channels", None)
 
-    def guided(x, t, y):
-        null = torch.full_like(y, net.num_classes)
-        cond, uncond = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
-        c = channels
+    def guided(x, t, y, **kw):
+        nothing = torch.full_like(y, net.num_classes) if null is None else null.to(y).expand_as(y)
+        cond, uncond = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nothing]), **kw).chunk(2)
+        c = channels or cond.shape[1]
         return torch.cat([uncond[:, :c] + cfg * (cond[:, :c] - uncond[:, :c]), cond[:, c:]], dim=1)
 
     return guided
 
 
-SOLVERS = ("ddim", "dpm++", "lcm")
+# One step of every solver: step(look, schedule, x, t, u, ...) -> x_u. look(x, t) is one evaluation of the network: (x0, eps, head), where
+# head (B, 0 or C, H, W) tells a learned variance. memory: a list that lives as long as the trajectory, of `nodes` steps. noise(x) ~ N(0, I).
+
+
+def _ddim(look, schedule, x, t, u, **_):
+    x0, eps, _ = look(x, t)
+    return add_noise(schedule, x0, eps, u)
+
+
+def _ddpm(look, schedule, x, t, u, noise, **_):
+    """DDPM's ancestral step (its Eq. 7) between any two nodes; the log variance lies where the head says between that of the posterior and beta, else it is beta."""
+    x0, _, head = look(x, t)
+    (alpha_t, sigma_t), (alpha_u, sigma_u) = schedule.at(t, x), schedule.at(u, x)
+    beta = 1 - (alpha_t / alpha_u) ** 2
+    mean = alpha_u * beta / sigma_t ** 2 * x0 + alpha_t / alpha_u * (sigma_u / sigma_t) ** 2 * x
+    if u == -1:
+        return mean
+    share = (head + 1) / 2 if head.shape[1] else 1
+    return mean + (0.5 * (beta.log() + (1 - share) * 2 * (sigma_u / sigma_t).log())).exp() * noise(x)
+
+
+ADAMS_BASHFORTH = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+
+
+def _plms(look, schedule, x, t, u, memory, **_):
+    """PNDM's linear multistep: DDIM along an extrapolated eps; the first step looks at both of its ends."""
+    memory.insert(0, look(x, t)[1])
+    if len(memory) == 1:
+        eps = (memory[0] + look(ddim_step(schedule, x, memory[0], t, u), u)[1]) / 2
+    else:
+        eps = sum(w * e for w, e in zip(ADAMS_BASHFORTH[min(len(memory), 4) - 1], memory))
+    return ddim_step(schedule, x, eps, t, u)
+
+
+def _dpm2(look, schedule, x, t, u, middle=None, **_):
+    """DPM-Solver-2, single step: DDIM along the eps at a point between, by default half way in lmb (Eq. 9 of the SSD paper); to the clean end of first order."""
+    eps = look(x, t)[1]
+    if u != -1:
+        m = schedule.middle(t, u) if middle is None else middle
+        lmb_t, lmb_m, lmb_u = (torch.log(alpha / sigma) for alpha, sigma in (schedule.at(v, x) for v in (t, m, u)))
+        eps = eps + (look(ddim_step(schedule, x, eps, t, m), m)[1] - eps) * (lmb_u - lmb_t) / (2 * (lmb_m - lmb_t))  # the factor is 1 half way
+    return ddim_step(schedule, x, eps, t, u)
+
+
+def _dpmpp(look, schedule, x, t, u, memory, last, nodes, **_):
+    """DPM-Solver++(2M); the last step is of first order when it ends clean or there are fewer than 15."""
+    x0 = look(x, t)[0]
+    x = dpmpp_step(schedule, x, x0, t, u, None if not memory or last and (u == -1 or nodes < 15) else memory[0])
+    memory[:] = [(x0, t)]
+    return x
+
+
+def _lcm(look, schedule, x, t, u, last, noise, **_):
+    x = lcm_boundary(schedule, x, look(x, t)[0], t)
+    return x if last else add_noise(schedule, x, noise(x), u)
+
+
+def _sde(look, schedule, x, t, u, last, noise, **_):
+    """Euler-Maruyama on the interpolant with diffusion w(t) = 2t as REPA: drift v - w score / 2 = v + eps, since score = -eps / t."""
+    x0, eps, _ = look(x, t)
+    x = x + (u - t) * (eps - x0 + eps)
+    return x if last else x + (2 * t * (t - u)) ** 0.5 * noise(x)
+
+
+STEPS = {"ddim": _ddim, "ddpm": _ddpm, "plms": _plms, "dpm2": _dpm2, "dpm++": _dpmpp, "lcm": _lcm, "euler": _ddim, "sde": _sde}
+SOLVERS = (*STEPS, "fused")
+FLOW = ("ddim", "euler", "sde", "fused")  # those that know the interpolant
+
+
+def solver_grid(schedule, solver, nfe, own=None):
+    """The grid along which `solver` makes nfe evaluations of the network. own: a model's own grid, taken where its number of nodes is right.
+
+    ddim, euler, ddpm, dpm++  one a node; euler is ddim's name on the interpolant
+    plms   two at the first node
+    dpm2   two a step; an even nfe ends at t = 0, which is not quite clean, an odd one adds a last first-order step
+    lcm    the nodes on which consistency was distilled
+    sde    from 1 to 0.04, then 0 (REPA)
+    fused  two a node, save at the last: see fused()
+    """
+    if schedule.continuous and solver not in FLOW or solver in ("euler", "sde") and not schedule.continuous:
+        raise UserError(f"--solver {solver} does not go with this model's schedule; choose {', '.join(FLOW if schedule.continuous else [s for s in SOLVERS if s not in ('euler', 'sde')])}")
+    least = {"plms": 3, "dpm2": 2, "sde": 2, "fused": 3}.get(solver, 1)
+    if nfe < least or solver == "fused" and nfe % 2 == 0:
+        raise UserError(f"--nfe {nfe}: {solver} needs {'an odd number, ' if solver == 'fused' else ''}at least {least}")
+    nodes = {"plms": nfe - 1, "fused": (nfe + 1) // 2, "dpm2": nfe // 2 + 1}.get(solver, nfe)
+    if solver == "sde":
+        return np.linspace(1, 0.04, nfe).tolist() + [0.0]
+    if solver == "dpm2":
+        grid = schedule_grid(schedule, None, nodes)
+        return grid if nfe % 2 else grid[:-1]
+    if own and len(own) - 1 == nodes:
+        return own
+    return lcm_grid(nfe, schedule.T) if solver == "lcm" else schedule_grid(schedule, None, nodes)
 
 
 @torch.no_grad()
 def sample(net, x, y, schedule, grid, prediction="eps", keep=False, on_step=None, solver="ddim", project=None, noise=torch.randn_like):
-    """Along `grid` from noise x (B, C, H, W) with labels y (B,); len(grid) - 1 network evaluations.
+    """Along `grid` (solver_grid) from noise x (B, C, H, W) with conditions y (B, ...).
 
-    net(x, t, y) -> (B, C or more, H, W), of which the first C channels are the prediction.
-    solver: "ddim"; "dpm++", DPM-Solver++(2M), whose first and last steps are of first order; "lcm", which predicts x0 and noises it anew with noise(x).
-    Returns x at the end of the grid, or with keep=True the list of all len(grid) states.
+    net(x, t, y) -> (B, C or more, H, W), of which the first C channels are the prediction; or a list of networks, one a node.
+    on_step() is called after every evaluation. Returns x at the end of the grid, or with keep=True the list of all len(grid) states.
     """
-    states, before = [x], None
+    if solver not in STEPS:
+        raise UserError(f"--solver {solver}: unknown; choose {', '.join(STEPS)}")
+    nets, states, memory = net if isinstance(net, list) else [net] * (len(grid) - 1), [x], []
     for i, (t, u) in enumerate(zip(grid[:-1], grid[1:])):
-        out = net(x, torch.full((len(x),), t, device=x.device), y)[:, :x.shape[1]].to(x.dtype)
-        x0, eps = to_x0_eps(schedule, x, out, t, prediction, project)
-        if solver == "ddim":
-            x = add_noise(schedule, x0, eps, u)
-        elif solver == "dpm++":
-            x = dpmpp_step(schedule, x, x0, t, u, before if i < len(grid) - 2 else None)
-            before = x0, t
-        elif solver == "lcm":
-            x = lcm_boundary(schedule, x, x0, t)
-            x = x if u == grid[-1] else add_noise(schedule, x, noise(x), u)
-        else:
-            raise UserError(f"--solver {solver}: unknown; choose {', '.join(SOLVERS)}")
+        def look(x, t):
+            time = torch.full((len(x),), t, device=x.device, dtype=x.dtype if isinstance(t, float) else torch.long)
+            out = nets[i](x, time, y).to(x.dtype)
+            if on_step:
+                on_step()
+            C = x.shape[1]
+            return (*to_x0_eps(schedule, x, out[:, :C], t, prediction, project), out[:, C:])
+
+        x = STEPS[solver](look, schedule, x, t, u, memory=memory, last=i == len(grid) - 2, nodes=len(nets), noise=noise)
         states = states + [x] if keep else [x]
-        if on_step:
-            on_step()
     return states if keep else x
+
+
+def fused(students, sources, lam):
+    """Eq. 6 of the SSD paper while sampling (Fig. 4c): networks for sample(), each fusing what the source computed at the node before.
+
+    students, sources: a net(x, t, y, tap) for every node. Two evaluations a node, one at the last.
+    """
+    before = []
+
+    def node(i):
+        def net(x, t, y):
+            if i == 0:
+                before.clear()
+            features = []
+            out = students[i](x, t, y, tap=lambda l, h: torch.lerp(h, before[l], lam) if i else h)
+            if i < len(students) - 1:
+                sources[i](x, t, y, tap=lambda l, h: features.append(h) or h)
+            before[:] = features
+            return out
+        return net
+
+    return [node(i) for i in range(len(students))]
 
 
 def walk(net, schedule, grid, cond, prediction="eps", project=None):

@@ -16,6 +16,7 @@ Writes runs/train/{last.pt, log.jsonl}; last.pt is what --ckpt of the other scri
 """
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -186,6 +187,23 @@ def base_model(args, prediction="eps"):
     return net, info
 
 
+def is_digits(info):
+    """Is this a network for the embedded digits? Only those are measured by the method scripts."""
+    return (info["arch"]["in_channels"], info["arch"]["input_size"], info["classes"], info["scale"]) == (1, 8, 10, None)
+
+
+def fill(args, info, preset):
+    """What a method script was not told takes the preset's value; checks what all of them have in common. Raises UserError."""
+    args.cfg = info["cfg"] if args.cfg is None else args.cfg
+    for key, value in preset.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every")
+    if args.eval_samples and (not is_digits(info) or args.eval_samples < 2):
+        raise UserError(f"--eval-samples {args.eval_samples}: at least 2, and only for the digits; else 0, and fid.py measures what sample.py makes")
+    check_pool(args)
+
+
 def check_pool(args):
     """How many samples --data synthetic:STEPS will make -> args.pool."""
     if args.data.startswith("synthetic") and not (args.data[10:].isdigit() and int(args.data[10:])):
@@ -230,6 +248,80 @@ def report(args, proc):
     metrics = json.loads((Path(args.out) / "metrics.json").read_text())
     say(proc, fid.summary(metrics) if metrics["samples"] else "quality is not measured here (--eval-samples 0)")
     say(proc, f"{args.out}/last.pt is ready: python sample.py --ckpt {args.out}/last.pt --num-samples 100 --out samples.npz")
+
+
+# ---- What ssd.py and issd.py share ---------------------------------------------------------------------
+
+# Learning rate, batch and epochs of ImageNet by (size, resolution): section A.1 of the supplement, Tables 2 and 3.
+PAPER_SELF = {("XL", 256): (5e-6, 128, 0.8), ("XL", 512): (5e-6, 64, 0.4), ("L", 256): (5e-6, 256, 0.2), ("B", 256): (5e-6, 256, 0.2), ("S", 256): (1e-5, 512, 0.2)}
+IMAGENET = 1_281_167
+
+
+def size_of(info):
+    """('XL', 512): size and resolution in the paper's tables; what they do not know counts as ('XL', 256), our smaller ones as ('S', 256)."""
+    match = re.match(r"[DS]iT-(\w+)/", info["name"])
+    size = {"Ti": "S", "Na": "S"}.get(match[1], match[1]) if match else "XL"
+    side = info["arch"]["input_size"] * (8 if info["scale"] else 1)
+    return (size, side) if (size, side) in PAPER_SELF else (size, 256)
+
+
+def self_preset(info):
+    lr, batch, epochs = PAPER_SELF[size_of(info)]
+    return dict(lr=lr, batch_size=batch, steps=round(epochs * IMAGENET / batch), data="synthetic:10", eval_samples=0, log_every=100, save_every=1000)
+
+
+def self_entries(args, proc, before, after, info, source):
+    """Before, after and the controls, as measure() takes them; a student of one node shares the way with the base model."""
+    say(proc, f"the control: the ordinary loss for {args.steps} more steps")
+    control = proc.mixed(proc.frozen(continued(args, source)))
+    whole = {**info, "only_node": None}
+    return {"before": (before, whole, args.nfe, args.cfg), "before, 50 steps": (before, whole, 50, args.cfg),
+            "continued training": (control, whole, args.nfe, args.cfg), "after": (after, {**info, "elsewhere": before}, args.nfe, args.cfg)}
+
+
+def self_plan(name, args, info, proc, grid, units, what):
+    """What --dry-run prints: the run in numbers, from the presets and the shape of the network. units: forwards of an iteration."""
+    arch, GiB = info["arch"], 2 ** 30
+    params, flops = models.count(arch)
+    rows = args.batch_size // proc.world
+    half = proc.bf16 or info["scale"] is not None  # the plan of a latent model speaks of a GPU, also when it is made without one
+    fixed = params * (16 + (2 if half else 4))
+    lines = [f"{name} of {info['name']}, {params / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOP a forward and sample",
+             f"sampling     {args.nfe} steps at t = {', '.join(f'{t:.4g}' for t in grid[:3])}, ..., {grid[-2]:.4g}; guidance {args.cfg:g}",
+             f"training     {what}, lr {args.lr:g}, batch {args.batch_size} ({proc.world} x {rows}), {args.steps:,} steps" + (f", node {args.only_step} only" if args.only_step else ""),
+             f"data         {args.data}"]
+    if args.data.startswith("synthetic:"):
+        steps = int(args.data[10:]) * (1 if args.cfg == 1 else 2)
+        lines[-1] += (f": {args.pool:,} samples of the base model, made first, {steps} forwards each, {args.pool * steps * flops:.3g} FLOP, "
+                      f"{args.pool * 2 * arch['in_channels'] * arch['input_size'] ** 2 / GiB:.2g} GiB on disk")
+    memory = f"memory       about {fixed / GiB:.3g} GiB a process for weights, gradients, Adam, teacher"
+    if "patch_size" in arch:  # bytes a token, channel and block: 48 under bf16, 80 in float32, counted with saved_tensors_hooks; 4 for stored features
+        tokens = (arch["input_size"] // arch["patch_size"]) ** 2 * arch["hidden_size"] * arch["depth"] * rows
+        moving = tokens * ((48 if half else 80) + 4)
+        memory = f"memory       about {(fixed + moving) / GiB:.3g} GiB a process: weights, gradients, Adam, teacher {fixed / GiB:.3g}; activations, stored features {moving / GiB:.3g}"
+    lines += [f"cost         {units} forward units a step: {units * args.batch_size * flops:.3g} FLOP a step, {args.steps * units * args.batch_size * flops:.3g} FLOP in all",
+              memory,
+              f"checkpoint   {args.out}/last.pt, {params * 12 / GiB:.2g} GiB, every {args.save_every} steps",
+              f"quality      {f'{args.eval_samples:,} samples a row, before, after and two controls' if args.eval_samples else 'not measured'}"]
+    return "\n".join(lines)
+
+
+def self_arguments(p):
+    p.add_argument("--model", help="DiT-{S,B,L,XL}/{2,4,8}, SiT-XL/2, SD-v1.5, LDM-ImageNet, ...; the released weights are fetched where there are any")
+    p.add_argument("--image-size", type=int, default=256, choices=[256, 512], help="of the released weights")
+    p.add_argument("--ckpt", help="the base model: a checkpoint's path or URL, ours or upstream's")
+    p.add_argument("--data", help="digits, mnist, cifar10, ..., a folder of images or cached latents, or synthetic:STEPS")
+    p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
+    p.add_argument("--nfe", type=int, help="sampling steps, in training and afterwards (default 10)")
+    p.add_argument("--grid", choices=["dit", "ddim", "ldm", "uniform", "sit"], help="where those steps lie (default: the base model's own, or dit)")
+    p.add_argument("--only-step", type=int, metavar="N", help="train the step from node N to node N + 1 only (Fig. 4b); elsewhere the base model samples")
+    p.add_argument("--guided", choices=["no", "step", "all"], default="no", help="guidance in training: in none of the forwards, in the solver's step, in all")
+    p.add_argument("--drop", type=float, default=0.1, metavar="P", help="probability of the null label in place of a sample's own")
+    p.add_argument("--steps", type=int, help="default: the paper's epochs of ImageNet at its own batch size")
+    p.add_argument("--batch-size", type=int, help="of all processes together")
+    p.add_argument("--lr", type=float)
+    p.add_argument("--cfg", type=float, help="guidance when sampling (1: none)")
+    p.add_argument("--eval-samples", type=int, help="samples per row of the table (digits: 2000, else 0)")
 
 
 # ---- Arguments ----------------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import math
 
 import numpy as np
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 import solvers
 from runtime import UserError
-from solvers import add_noise, ddim_invert, ddim_step, from_x0_eps, halve_grid, make_grid, make_schedule, sample, to_x0_eps
+from solvers import SOLVERS, add_noise, ddim_invert, ddim_step, from_x0_eps, halve_grid, make_grid, make_schedule, sample, solver_grid, to_x0_eps
 
 VP = ["linear", "cosine", "ldm", "sd"]
 
@@ -103,6 +104,29 @@ def test_ddim_is_dpm_solver_1_and_eulers_step():
     torch.testing.assert_close(ddim_step(flow, x, v, 0.7, 0.4, "velocity"), x + (0.4 - 0.7) * v, rtol=1e-12, atol=1e-12)
 
 
+class Continuous:
+    """The linear VP schedule of the SDE papers for real t in [0, 1000]; beta from 0.1 to 20 over the unit interval."""
+    continuous, T = False, 1000
+
+    def log_alpha(self, t):
+        t = torch.as_tensor(t, dtype=torch.float64) / 1000
+        return -0.25 * t ** 2 * 19.9 - 0.05 * t
+
+    def at(self, t, x):
+        log_alpha = self.log_alpha(t)
+        return solvers.column(log_alpha.exp(), x), solvers.column((-torch.expm1(2 * log_alpha)).sqrt(), x)
+
+    def lmb(self, t):
+        log_alpha = self.log_alpha(t)
+        return float(log_alpha - 0.5 * torch.log(-torch.expm1(2 * log_alpha)))
+
+    def middle(self, t, u):
+        """Where lmb is half way: log alpha = -log(1 + exp(-2 lmb)) / 2 is quadratic in t."""
+        lmb = (self.lmb(t) + self.lmb(u)) / 2
+        log_alpha = -0.5 * math.log1p(math.exp(-2 * lmb))
+        return 1000 * 2 * -log_alpha / (0.05 + math.sqrt(0.05 ** 2 + 19.9 * -log_alpha))
+
+
 class Gaussian:
     """The exact network of data N(mu, c^2): eps(x, t) = sigma (x - alpha mu) / (alpha^2 c^2 + sigma^2), and its exact ODE."""
     num_classes, mu, c = 0, 0.3, 0.5
@@ -115,8 +139,9 @@ class Gaussian:
         return sigma * (x - alpha * self.mu) / (alpha ** 2 * self.c ** 2 + sigma ** 2)
 
     def exact(self, x, t, u):
-        std = lambda v: (self.s.alpha[v] ** 2 * self.c ** 2 + self.s.sigma[v] ** 2).sqrt()
-        return self.s.alpha[u] * self.mu + std(u) / std(t) * (x - self.s.alpha[t] * self.mu)
+        (alpha_t, sigma_t), (alpha_u, sigma_u) = self.s.at(t, x), self.s.at(u, x)
+        std = lambda alpha, sigma: (alpha ** 2 * self.c ** 2 + sigma ** 2).sqrt()
+        return alpha_u * self.mu + std(alpha_u, sigma_u) / std(alpha_t, sigma_t) * (x - alpha_t * self.mu)
 
 
 def test_sampler_follows_the_exact_ode_to_first_order():
@@ -185,4 +210,150 @@ def test_solvers_against_diffusers(golden, case):
         from solvers import lcm_grid
         assert lcm_grid(10) == grid and lcm_grid(4) == [999, 759, 499, 259, -1]
     with pytest.raises(UserError, match="--solver"):
-        sample(eps, x, None, schedule, grid, solver="euler")
+        sample(eps, x, None, schedule, grid, solver="unipc")
+
+
+# ---- The other solvers
+
+
+@pytest.mark.parametrize("solver, least, most", [("ddim", 0.8, 1.2), ("dpm2", 1.8, 2.2), ("dpm++", 1.8, 2.2), ("plms", 1.8, 9)])
+def test_order_of_convergence(solver, least, most):
+    """Against the exact solution, t from 999 to 20 on real-valued nodes, N = 40..320: the error falls as N ** -order."""
+    s = Continuous()
+    net, x = Gaussian(s), torch.randn(4, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for n in (40, 80, 160, 320):
+        end = sample(net, x, torch.zeros(4), s, [999 + (20 - 999) * i / n for i in range(n + 1)], solver=solver)
+        errors.append(float((end - net.exact(x, 999.0, 20.0)).abs().max()))
+    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    assert all(least < o for o in orders) and orders[-1] < most, orders
+
+
+def test_real_valued_times_of_a_discrete_schedule():
+    s, x = make_schedule("linear"), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for t in (0, 500, 999):
+        for a, b in zip(s.at(float(t), x), s.at(t, x)):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    m = s.middle(900, 800)
+    lmb = [float((a / b).log()) for a, b in (s.at(t, x) for t in (900, m, 800))]
+    assert 800 < m < 900 and abs(lmb[1] - (lmb[0] + lmb[2]) / 2) < 1e-4  # lmb is linear between integers there, log alpha here
+
+
+def test_dpm_solver_2_and_plms_against_diffusers(golden):
+    """A step of each solver on the exact score; diffusers' second-order step looks at a node of its grid in between."""
+    f, schedule = golden("schedulers.npz"), make_schedule("linear")
+    mu, x, var = torch.from_numpy(f["mu"]), torch.from_numpy(f["x_T"]), float(f["s_data"]) ** 2
+
+    def eps(x, t, y):
+        alpha, sigma = schedule.at(t, x)
+        return sigma * (x - alpha * mu) / (alpha ** 2 * var + sigma ** 2)
+
+    nodes, want = f["linear/dpm2s_eps_sigmamin/10/timesteps"].tolist() + [0], f["linear/dpm2s_eps_sigmamin/10/traj"]
+    look = lambda x, t: (None, eps(x, t, None), None)
+    for i in range(0, 10, 2):
+        np.testing.assert_allclose(ddim_step(schedule, x, eps(x, nodes[i], None), nodes[i], nodes[i + 1]), want[i + 1], atol=1e-9)
+        x = solvers._dpm2(look, schedule, x, nodes[i], nodes[i + 2], middle=nodes[i + 1])
+        np.testing.assert_allclose(x, want[i + 2], atol=1e-9)
+
+    for case, end in (("plms_leading_offset1", [0]), ("plms_leading", [0]), ("plms_trailing", [0])):  # diffusers ends at alphas_cumprod[0], t = 0
+        nodes, want = f[f"linear/{case}/10/timesteps"].astype(int).tolist(), f[f"linear/{case}/10/traj"]
+        calls, grid = [], nodes[:1] + nodes[2:] + end
+        got = sample(lambda x, t, y: calls.append(int(t[0])) or eps(x, t, y), torch.from_numpy(f["x_T"]), None, schedule, grid, keep=True, solver="plms")
+        assert calls == nodes
+        np.testing.assert_allclose(torch.stack(got[1:]), want[2:], atol=1e-9)
+
+
+def test_ancestral_sampling_of_a_gaussian_and_its_variance(golden):
+    """The exact posterior of Gaussian data: the chain ends in the data's mean and variance. And upstream's bounds of the variance."""
+    s, n = make_schedule("linear"), 20000
+    net, g = Gaussian(s), torch.Generator().manual_seed(0)
+
+    def learned(x, t, y):  # var(x_u | x_t) = posterior + (alpha_u beta / sigma_t^2)^2 var(x0 | x_t), as a head between the bounds
+        i = grid.index(int(t[0]))
+        (alpha, sigma), (alpha_u, sigma_u) = s.at(grid[i], x), s.at(grid[i + 1], x)
+        beta = 1 - (alpha / alpha_u) ** 2
+        lower = beta * (sigma_u / sigma) ** 2
+        var = lower + (alpha_u * beta / sigma ** 2) ** 2 * (net.c ** 2 * sigma ** 2 / (alpha ** 2 * net.c ** 2 + sigma ** 2))
+        share = (var / lower).log() / (beta / lower).log() if i < len(grid) - 2 else torch.zeros_like(var)
+        return torch.cat([net(x, t, y), (2 * share - 1).expand_as(x)], 1)
+
+    grid = make_grid("dit", 100)
+    x = torch.randn(n, 1, 1, 1, dtype=torch.float64, generator=g)
+    noise = lambda x: torch.randn(x.shape, generator=g, dtype=x.dtype)
+    end = sample(learned, x, None, s, grid, solver="ddpm", noise=noise)
+    # the last step returns the mean of x0, whose variance is that of the data but for what t = 0 leaves open
+    assert abs(float(end.mean()) - net.mu) < 0.015 and abs(float(end.std()) - net.c) < 0.01
+
+    f = golden("dit_schedule.npz")
+    grid = make_grid("dit", 10)
+    for head, want in ((1.0, np.log(f["betas_10"])), (-1.0, f["post_logvar_clipped_10"])):
+        for i in range(8):  # the two last steps have no noise, or the clipped entry
+            t, u = grid[i], grid[i + 1]
+            step = lambda noise: solvers._ddpm(lambda x, t: (torch.zeros_like(x), None, torch.full_like(x, head)), s, x[:1], t, u, noise=noise)
+            std = step(torch.ones_like) - step(torch.zeros_like)
+            np.testing.assert_allclose(2 * np.log(float(std)), want[9 - i], rtol=1e-9)
+
+
+def test_euler_and_the_sde_of_velocity_models():
+    """Gaussian data on the interpolant: v = (x - mu) (t - c^2 (1 - t)) / ((1 - t)^2 c^2 + t^2) - mu. Euler converges to the exact ODE, the SDE to the data's law."""
+    s, mu, c = make_schedule("interpolant"), 0.3, 0.5
+
+    def velocity(x, t, y):
+        t = t.double().view(-1, 1, 1, 1)
+        var = (1 - t) ** 2 * c ** 2 + t ** 2
+        return (x - (1 - t) * mu) * (t - (1 - t) * c ** 2) / var - mu
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(20000, 1, 1, 1, dtype=torch.float64, generator=g)
+    errors = [float((sample(velocity, x, None, s, solver_grid(s, "euler", n), "velocity", solver="euler") - (mu + c * x)).abs().max()) for n in (50, 100, 200)]
+    assert all(1.8 < a / b < 2.2 for a, b in zip(errors, errors[1:])), errors
+    grid = solver_grid(s, "sde", 250)
+    assert len(grid) == 251 and grid[0] == 1 and abs(grid[-2] - 0.04) < 1e-12 and grid[-1] == 0
+    end = sample(velocity, x, None, s, grid, "velocity", solver="sde", noise=lambda x: torch.randn(x.shape, generator=g, dtype=x.dtype))
+    assert abs(float(end.mean()) - mu) < 0.015 and abs(float(end.std()) - c) < 0.01
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_evaluations_are_counted_truly(solver, tiny):
+    """--nfe is what the network is called, however the solver spends it."""
+    import data
+    from runtime import Processes
+    flow = solver in ("euler", "sde")
+    calls, hooked = [], tiny.register_forward_hook(lambda *_: calls.append(1))
+    info = dict(schedule="interpolant" if flow else "linear", prediction="velocity" if flow else "eps", arch=tiny.arch, classes=10, grid=None, nfe=None, cfg=1.0,
+                solver=solver, threshold="off", lam=0.1)
+    for nfe in (9, 11) if solver == "fused" else (9, 10):
+        calls.clear()
+        x, _ = data.sample_images(Processes("off").mixed(tiny), info, Processes("off"), 3, 0, nfe)
+        assert len(calls) == nfe and x.shape == (3, 1, 8, 8)
+    hooked.remove()
+
+
+def test_a_network_for_every_node_and_fused_features():
+    s, x = make_schedule("linear"), torch.randn(2, 1, 2, 2, dtype=torch.float64)
+    grid, y = make_grid("dit", 3), torch.zeros(2)
+    net = lambda a: lambda x, t, y, tap=lambda l, h: h: tap(1, a * tap(0, x + 1) ** 2)
+    by_hand = x
+    for a, (t, u) in zip((1, 2, 3), zip(grid[:-1], grid[1:])):
+        by_hand = ddim_step(s, by_hand, a * (by_hand + 1) ** 2, t, u)
+    torch.testing.assert_close(sample([net(1), net(2), net(3)], x, y, s, grid), by_hand)
+
+    nets, lam, by_hand, before = solvers.fused([net(1)] * 3, [net(2)] * 3, 0.25), 0.25, x, None
+    for t, u in zip(grid[:-1], grid[1:]):
+        h = by_hand + 1
+        h = h if before is None else lam * before[0] + (1 - lam) * h
+        out = h ** 2 if before is None else lam * before[1] + (1 - lam) * h ** 2
+        before = by_hand + 1, 2 * (by_hand + 1) ** 2
+        by_hand = ddim_step(s, by_hand, out, t, u)
+    for _ in range(2):  # the second time as the first: nothing is left over from the trajectory before
+        torch.testing.assert_close(sample(nets, x, y, s, grid), by_hand)
+
+
+def test_what_a_solver_cannot_do():
+    vp, flow = make_schedule("linear"), make_schedule("interpolant")
+    for schedule, solver, nfe in ((flow, "plms", 10), (vp, "sde", 10), (vp, "plms", 2), (vp, "fused", 10), (vp, "dpm2", 1)):
+        with pytest.raises(UserError, match="--solver|--nfe"):
+            solver_grid(schedule, solver, nfe)
+    own = [900, 400, 100, -1]
+    assert solver_grid(vp, "ddim", 3, own) is own and solver_grid(vp, "plms", 4, own) is own and solver_grid(vp, "ddim", 4, own) != own
+    assert solver_grid(vp, "dpm2", 4) == [999, 500, 0] and solver_grid(vp, "dpm2", 5) == [999, 500, 0, -1]
