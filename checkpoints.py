@@ -37,12 +37,13 @@ UPSTREAM = {  # the links that the upstream repositories give: READMEs, download
     ("LDM-ImageNet", 256): "https://ommer-lab.com/files/latent-diffusion/nitro/cin/model.ckpt",
 }
 NOT_FETCHED = {  # released too, but not as one file at one address
-    **{f"LDM-{name}": f"model.ckpt, unpacked from https://ommer-lab.com/files/latent-diffusion/{archive}.zip"
-       for name, archive in dict(CelebAHQ="celeba", FFHQ="ffhq", Bedroom="lsun_bedrooms", Churches="lsun_churches").items()},
+    **{name: f"model.ckpt, unpacked from https://ommer-lab.com/files/latent-diffusion/{archive}.zip" for name, archive in
+       {"LDM-CelebAHQ": "celeba", "LDM-FFHQ": "ffhq", "LDM-Bedroom": "lsun_bedrooms", "LDM-Churches": "lsun_churches"}.items()},
     "SD-v1.5": "v1-5-pruned-emaonly.ckpt or .safetensors, from where its licence was accepted",
 }
 
-# What upstream's files do not say of themselves: DiT's, and in what the others differ. cfg_interval: [low, high], guided only for t within.
+# What upstream's files do not say of themselves: DiT's, then in what the others differ. cfg_interval [low, high]: guided only for
+# t within it. The scale of a file that has its own ("scale_factor") comes from there.
 DIT_DEFAULTS = dict(prediction="eps", schedule="linear", scale=0.18215, grid=None, nfe=None, cfg=1.5, cfg_interval=None, method=None,
                     solver="ddim", threshold="off")
 SIT = dict(prediction="velocity", schedule="interpolant")
@@ -50,7 +51,8 @@ REPA = dict(SIT, cfg=1.8, cfg_interval=[0.0, 0.7])
 LDM = dict(schedule="ldm", scale=1.0, cfg=1.0)
 UNET_DEFAULTS = {"SD-v1.5": dict(schedule="sd", cfg=7.5), "LDM-ImageNet": dict(LDM, cfg=1.5), "LDM-Churches": dict(LDM, schedule="ldm-churches")}
 
-LIGHTNING = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})  # its files name this class; an empty one will do
+# Lightning's files name this class; an empty one will do.
+LIGHTNING = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
 
 
 def read_safetensors(path):

@@ -486,7 +486,8 @@ def make_arch(name, input_size, in_channels, num_classes, learn_sigma=False):
     else:
         match = re.fullmatch(r"(DiT|SiT)-(Na|Ti|S|B|L|XL)/([1248])", name.removesuffix("-REPA") if name.startswith("SiT") else name)
         if not match:
-            raise UserError(f"--model {name}: unknown; choose DiT- or SiT-{{{','.join(SIZES)}}}/{{1,2,4,8}}, for example DiT-XL/2, or {', '.join(UNETS)}")
+            known = f"DiT- or SiT-{{{','.join(SIZES)}}}/{{1,2,4,8}}, for example DiT-XL/2, or {', '.join(UNETS)}"
+            raise UserError(f"--model {name}: unknown; choose {known}")
         tile, what = int(match[3]), f"patches of {match[3]}"
         arch = dict(net=match[1], **shape, patch_size=tile, num_classes=num_classes, learn_sigma=learn_sigma, **SIZES[match[2]])
     if input_size % tile:

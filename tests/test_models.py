@@ -206,8 +206,8 @@ def test_arguments_of_make_arch():
 
 def unet_arch(context="text", **more):
     """A tiny one; with context="text" it takes y (B, T, 12)."""
-    return dict(net="UNet", input_size=8, in_channels=4, model_channels=32, num_res_blocks=1, channel_mult=[1, 2], attention_resolutions=[2, 1], num_heads=4,
-                context=context, context_dim=None if context == "none" else 12, num_classes=10 if context == "class" else 0) | more
+    return dict(net="UNet", input_size=8, in_channels=4, model_channels=32, num_res_blocks=1, channel_mult=[1, 2],
+                attention_resolutions=[2, 1], num_heads=4, context=context, context_dim=None if context == "none" else 12, num_classes=10 if context == "class" else 0) | more
 
 
 def unet_inputs(context):
@@ -233,8 +233,8 @@ def test_unet_equals_upstream(golden):
     assert not torch.allclose(net(x, t, context, tap=lambda l, h: h * 0 if l == 0 else h), out)
 
 
-@pytest.mark.parametrize("name,config", [("SD-v1.5", "sd_v1"), ("LDM-ImageNet", "ldm_cin256_v2"), ("LDM-CelebAHQ", "ldm_celebahq256"), ("LDM-FFHQ", "ldm_celebahq256"),
-                                         ("LDM-Bedroom", "ldm_celebahq256"), ("LDM-Churches", "ldm_lsun_churches256")])
+@pytest.mark.parametrize("name,config", [("SD-v1.5", "sd_v1"), ("LDM-ImageNet", "ldm_cin256_v2"), ("LDM-CelebAHQ", "ldm_celebahq256"),
+                                         ("LDM-FFHQ", "ldm_celebahq256"), ("LDM-Bedroom", "ldm_celebahq256"), ("LDM-Churches", "ldm_lsun_churches256")])
 def test_unet_keys_shapes_and_parameters_equal_upstream(name, config):
     want = json.loads((GOLDEN / "ldm_keys.json").read_text())[config]
     info = checkpoints.describe(None, name)
