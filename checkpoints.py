@@ -22,20 +22,37 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import build, make_arch
+from models import CLASS_TABLE, UNETS, build, make_arch
 from runtime import UserError, write_text
 
 # ---------------------------------------------------------------------------------------------------
 # Reading and loading
 # ---------------------------------------------------------------------------------------------------
 
-UPSTREAM = {
+UPSTREAM = {  # the links that the upstream repositories give: READMEs, download scripts, LDM's notebook
     ("DiT-XL/2", 256): "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt",
     ("DiT-XL/2", 512): "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-512x512.pt",
+    ("SiT-XL/2", 256): "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0",
+    ("SiT-XL/2-REPA", 256): "https://www.dl.dropboxusercontent.com/scl/fi/cxedbs4da5ugjq5wg3zrg/last.pt?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0",
+    ("LDM-ImageNet", 256): "https://ommer-lab.com/files/latent-diffusion/nitro/cin/model.ckpt",
+}
+NOT_FETCHED = {  # released too, but not as one file at one address
+    **{name: f"model.ckpt, unpacked from https://ommer-lab.com/files/latent-diffusion/{archive}.zip" for name, archive in
+       {"LDM-CelebAHQ": "celeba", "LDM-FFHQ": "ffhq", "LDM-Bedroom": "lsun_bedrooms", "LDM-Churches": "lsun_churches"}.items()},
+    "SD-v1.5": "v1-5-pruned-emaonly.ckpt or .safetensors, from where its licence was accepted",
 }
 
-# What an upstream DiT file does not say of itself.
-DIT_DEFAULTS = dict(prediction="eps", schedule="linear", scale=0.18215, grid=None, nfe=None, cfg=1.5, method=None, solver="ddim", threshold="off")
+# What upstream's files do not say of themselves: DiT's, then in what the others differ. cfg_interval [low, high]: guided only for
+# t within it. only_node: the one t for which a student was trained. null: the empty prompt, (1, T, D). The scale of a file that has its own ("scale_factor") comes from there.
+DIT_DEFAULTS = dict(prediction="eps", schedule="linear", scale=0.18215, grid=None, nfe=None, cfg=1.5, cfg_interval=None, method=None,
+                    solver="ddim", threshold="off", only_node=None, null=None)
+SIT = dict(prediction="velocity", schedule="interpolant")
+REPA = dict(SIT, cfg=1.8, cfg_interval=[0.0, 0.7])
+LDM = dict(schedule="ldm", scale=1.0, cfg=1.0)
+UNET_DEFAULTS = {"SD-v1.5": dict(schedule="sd", cfg=7.5), "LDM-ImageNet": dict(LDM, cfg=1.5), "LDM-Churches": dict(LDM, schedule="ldm-churches")}
+
+# Lightning's files name this class; an empty one will do.
+LIGHTNING = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
 
 
 def read_safetensors(path):
@@ -63,7 +80,7 @@ def read_file(path):
     try:
         if ".safetensors" in path.name:  # also while it is being fetched
             return read_safetensors(path)
-        torch.serialization.add_safe_globals([Namespace])  # upstream DiT pickles its arguments
+        torch.serialization.add_safe_globals([Namespace, LIGHTNING])  # upstream DiT pickles its arguments
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # a damaged file fails in as many ways as there are formats
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
@@ -78,7 +95,7 @@ def find_weights(ckpt, wanted):
 
     Takes our dict or upstream's ("ema" before "model" before "state_dict"), a raw state dict, the prefixes of
     DDP ("module.") and torch.compile ("_orig_mod."), and Lightning files of latent diffusion
-    ("model.diffusion_model.*", with the average under "model_ema.*", whose names have lost their dots).
+    ("model.diffusion_model.*", with the average under "model_ema.*", whose names have lost their dots; the table of classes lies beside).
     `wanted`: the keys the network has.
     """
     for key in ("ema", "model", "state_dict"):
@@ -87,11 +104,12 @@ def find_weights(ckpt, wanted):
             break
     sd = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in ckpt.items() if isinstance(v, torch.Tensor)}
     if any(k.startswith("model.diffusion_model.") for k in sd):
-        averaged = {k: "model_ema.diffusion_model" + k.replace(".", "") for k in wanted}
-        if all(a in sd for a in averaged.values()):
-            return {k: sd[a] for k, a in averaged.items()}
+        beside = {k: sd[k] for k in wanted if k in sd}
+        averaged = {k: "model_ema.diffusion_model" + k.replace(".", "") for k in wanted if k not in beside}
+        if averaged and all(a in sd for a in averaged.values()):
+            return {k: sd[a] for k, a in averaged.items()} | beside
         cut = "model.diffusion_model."
-        return {k[len(cut):]: v for k, v in sd.items() if k.startswith(cut)}
+        return {k[len(cut):]: v for k, v in sd.items() if k.startswith(cut)} | beside
     return sd
 
 
@@ -99,6 +117,7 @@ def load_weights(net, ckpt, name, hint="check --model and --image-size"):
     """Strict load of find_weights(ckpt) into net (float32). A UserError names the first few differences."""
     own = net.state_dict()
     sd = find_weights(ckpt, own.keys())
+    sd = {k: v for k, v in sd.items() if not k.startswith(getattr(net, "ignored", ()))}
     if any(".to_q." in k or k.startswith(("down_blocks.", "transformer_blocks.")) for k in sd) and not sd.keys() & own.keys():
         raise UserError(f"checkpoint {name}: these are diffusers' key names; convert it to the upstream (CompVis or DiT) layout first")
     missing, extra = [k for k in own if k not in sd], [k for k in sd if k not in own]
@@ -110,12 +129,12 @@ def load_weights(net, ckpt, name, hint="check --model and --image-size"):
     return net
 
 
-def describe(ckpt, name=None, image_size=256):
-    """What a checkpoint is, without its weights: prediction, schedule, scale, classes, grid, nfe, cfg, solver,
-    threshold, method, arch, name.
+def describe(ckpt, name=None, image_size=None):
+    """What a checkpoint is, without its weights: prediction, schedule, scale, classes, grid, nfe, cfg, cfg_interval, solver,
+    threshold, method, only_node, null, arch, name.
 
-    ckpt: a path, or None for the released network called `name`. Our own files say all this themselves; for upstream DiT
-    weights it follows from `name` ("DiT-XL/2") and `image_size` (256 or 512).
+    ckpt: a path, or None for the released network called `name`. Our own files say all this themselves; for upstream's it follows
+    from `name` ("DiT-XL/2"), `image_size` (None: what it was made for) and the shapes of the weights.
     """
     held = read_file(ckpt) if ckpt else {}
     if "format" in held:
@@ -123,16 +142,31 @@ def describe(ckpt, name=None, image_size=256):
             raise UserError(f"checkpoint {ckpt}: format {held['format']}, this code reads format 1")
         if name and name != held["name"]:
             raise UserError(f"checkpoint {ckpt} holds {held['name']}, not --model {name}; leave --model out")
-        held = {"solver": "ddim", "threshold": "off", **held}
+        held = {**DIT_DEFAULTS, **held}
         return {k: held[k] for k in ("name", "arch", "classes", *DIT_DEFAULTS)}
     if not name:
         raise UserError(f"checkpoint {ckpt} does not say what it is; name it with --model, for example DiT-XL/2")
-    table = find_weights(held, ()).get("y_embedder.embedding_table.weight")
+    sd = find_weights(held, [CLASS_TABLE])
+    table, last = sd.get(CLASS_TABLE, sd.get("y_embedder.embedding_table.weight")), sd.get("final_layer.linear.weight")
     classes = 1000 if table is None else len(table) - 1
-    return dict(DIT_DEFAULTS, name=name, classes=classes, arch=make_arch(name, image_size // 8, 4, classes, True))
+    if name in UNETS:
+        made_for, more = 512 if name == "SD-v1.5" else 256, dict(UNET_DEFAULTS.get(name, LDM))
+        side = UNETS[name]["input_size"] * (image_size or made_for) // made_for
+        arch = make_arch(name, side, UNETS[name]["in_channels"], classes)
+        if "scale_factor" in held.get("state_dict", held):  # measured on the data when its training began
+            more["scale"] = float(held.get("state_dict", held)["scale_factor"])
+    else:
+        repa = name.endswith("-REPA") or any(k.startswith("projectors.") for k in sd)
+        arch = make_arch(name, (image_size or 256) // 8, 4, classes, learn_sigma=not repa)
+        if last is not None:
+            arch["learn_sigma"] = len(last) == 2 * arch["in_channels"] * arch["patch_size"] ** 2
+        more = {} if arch["net"] == "DiT" else REPA if repa else SIT
+        if more is SIT:
+            arch["reverse"] = True
+    return dict(DIT_DEFAULTS, **more, name=name, classes=arch["num_classes"], arch=arch)
 
 
-def load_model(path, name=None, image_size=256):
+def load_model(path, name=None, image_size=None):
     """A checkpoint's path -> (network in eval mode on the CPU, its describe())."""
     ckpt = read_file(path)
     info = describe(path, name, image_size)
@@ -179,7 +213,7 @@ def fetch(url, folder, check, sha256="", flag="--ckpt", tries=3):
     It takes its name only when it has its full length, the published `sha256` (or its beginning) where there is one, and check(path)
     raises no UserError; the hash is recorded beside it. Raises UserError, leaving no file of that name. flag: what takes a path instead.
     """
-    path = Path(folder) / hashlib.sha256(url.encode()).hexdigest()[:8] / url.rsplit("/", 1)[-1]  # many URLs end in the same name
+    path = Path(folder) / hashlib.sha256(url.encode()).hexdigest()[:8] / url.split("?")[0].rsplit("/", 1)[-1]  # many URLs end in the same name
 
     def work():
         if path.exists():
@@ -243,8 +277,10 @@ def _download_once(url, path):
 
 def upstream_checkpoint(name, image_size, folder):
     """Fetch the released weights of `name` once into `folder`; returns their path."""
-    url = UPSTREAM.get((name, image_size))
+    url = UPSTREAM.get((name, image_size or 256))
+    if name in NOT_FETCHED:
+        raise UserError(f"the weights of {name} are not fetched; get {NOT_FETCHED[name]}, and give --ckpt PATH")
     if url is None:
         known = ", ".join(f"{n} at {r}" for n, r in UPSTREAM)
-        raise UserError(f"no released weights for {name} at {image_size} (there are: {known}); give --ckpt PATH, or train it with train.py")
+        raise UserError(f"no released weights for {name} at {image_size or 256} (there are: {known}); give --ckpt PATH, or train it with train.py")
     return fetch(url, folder, check=lambda path: load_model(path, name, image_size))

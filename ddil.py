@@ -347,6 +347,8 @@ def fill_defaults(args, info):
         raise UserError("ddil.py wants a model with discrete steps, this one is an interpolant")
     if not all(0 <= v <= 1 for v in (*args.dagger, *args.beta)) or min(args.reuse) <= 0 or not 1 <= args.w[0] <= args.w[1]:
         raise UserError("--dagger and --beta are probabilities, --reuse is positive, --w is two scales of guidance of at least 1 in their order")
+    if args.objective == "dmd2" and "hidden_size" not in info["arch"]:
+        raise UserError("--objective dmd2 puts its head on the tokens of a DiT; this network is a U-Net")
     stages, nodes = [], None
     if args.objective == "pd":
         for text in args.stages:
@@ -389,7 +391,7 @@ def parser():
     p = runtime.Parser(prog="ddil.py", description=__doc__, formatter_class=runtime.Raw)
     p.add_argument("--objective", choices=["pd", "lcm", "dmd2"], default="pd")
     p.add_argument("--model", help="DiT-{S,B,L,XL}/{2,4,8}; the released weights are fetched where there are any")
-    p.add_argument("--image-size", type=int, default=256, choices=[256, 512], help="of the released weights")
+    p.add_argument("--image-size", type=int, choices=[256, 512], help="of the released weights (default: what they were made for)")
     p.add_argument("--ckpt", help="the base model: a checkpoint's path or URL, ours or upstream's; default: a v teacher of the digits, made here")
     p.add_argument("--data", help="digits, mnist, cifar10, ..., a folder of images or cached latents, or synthetic:STEPS")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")

@@ -1,14 +1,20 @@
-"""Networks.
+"""Networks, with the module layout and the state-dict keys of their upstream repositories, so that released
+weights load strictly and a student saved here opens there.
 
-DiT (Peebles & Xie, "Scalable Diffusion Models with Transformers") with the module layout and the
-state-dict keys of its upstream repository (facebookresearch/DiT, models.py), so that released weights
-load strictly and a student saved here opens there.
+DiT   Peebles & Xie, "Scalable Diffusion Models with Transformers" (facebookresearch/DiT, models.py)
+SiT   Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers" (willisma/SiT);
+      Yu et al., "Representation Alignment for Generation" (sihyun-yu/REPA)
+UNet  Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (CompVis/latent-diffusion; Stable Diffusion 1)
 
 Two differences from upstream. Labels are dropped by the training script and not inside the network, so
 that every forward of one iteration sees the same label. And the network can be watched or edited:
-`forward(x, t, y, tap)` passes every block's output, and the network's output, through `tap(l, h) -> h`.
+`forward(x, t, y, w, tap)` passes every block's output, and the network's output, through `tap(l, h) -> h`.
+
+Every network has: arch (what build() makes it from), sample_shape (C, H, W), num_classes (K; label K is the null one, K = 0 without
+labels), guidance (whether it takes the scale w), blocks (in order of execution), cfg_channels (how many channels guidance acts on; None: all).
 """
 import re
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -138,12 +144,12 @@ class DiT(nn.Module):
                  without one opens here unchanged (ours, after Meng et al., "On Distillation of Guided Diffusion Models")
     """
 
-    cfg_channels = 3  # guidance acts on these: solvers.guide
+    cfg_channels = 3  # upstream's; its authors call it unintended, but its published numbers have it
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  num_classes=1000, learn_sigma=True, guidance=False):
         super().__init__()
-        self.arch = dict(net="DiT", input_size=input_size, patch_size=patch_size, in_channels=in_channels,
+        self.arch = dict(net=type(self).__name__, input_size=input_size, patch_size=patch_size, in_channels=in_channels,
                          hidden_size=hidden_size, depth=depth, num_heads=num_heads, num_classes=num_classes,
                          learn_sigma=learn_sigma, **({"guidance": True} if guidance else {}))
         self.patch_size, self.num_classes, self.guidance = patch_size, num_classes, guidance
@@ -199,7 +205,254 @@ class DiT(nn.Module):
         return tap(len(self.blocks), self.unpatchify(self.final_layer(h, c)))
 
 
-SIZES = {  # upstream's table; Ti is ours, for the embedded 8x8 digits
+class SiT(DiT):
+    """DiT's trunk for flows: t (B,) in [0, 1], where 1 is noise, not scaled; the output (B, C, H, W) is the velocity eps - x0.
+
+    learn_sigma  the last layer makes 2C channels as in DiT, the second half of which nobody reads (upstream's released weights are so)
+    reverse      the weights count time from noise, 0, to data, 1, and give x0 - eps: upstream SiT's do, REPA's do not
+    """
+
+    ignored = ("projectors.",)  # of REPA's files: they served its alignment loss
+
+    def __init__(self, *args, reverse=False, **kw):
+        super().__init__(*args, **kw)
+        self.reverse = reverse
+        if reverse:
+            self.arch["reverse"] = True
+        else:
+            self.cfg_channels = None  # REPA guides them all
+
+    def unpatchify(self, h):
+        out = super().unpatchify(h)[:, :self.sample_shape[0]]
+        return -out if self.reverse else out
+
+    def forward(self, x, t, y, w=None, tap=None):
+        return super().forward(x, 1 - t if self.reverse else t, y, w, tap)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The U-Net of latent diffusion
+# ---------------------------------------------------------------------------------------------------
+
+
+def norm(channels, eps=1e-5):
+    return nn.GroupNorm(32, channels, eps=eps)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions; the embedding of t is added between them, or scales and shifts. resample: halves or doubles the sides first."""
+
+    def __init__(self, channels, emb_channels, out_channels, scale_shift, resample=None):
+        super().__init__()
+        self.in_layers = nn.Sequential(norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, (1 + scale_shift) * out_channels))
+        self.out_layers = nn.Sequential(norm(out_channels), nn.SiLU(), nn.Identity(), nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.resample, self.scale_shift = resample or nn.Identity(), scale_shift
+
+    def forward(self, x, emb):
+        norm1, act, conv1 = self.in_layers
+        norm2, _, _, conv2 = self.out_layers                            # [2] is upstream's dropout, which no released model uses
+        h = conv1(self.resample(act(norm1(x))))                         # (B, C', H', W')
+        emb = self.emb_layers(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = norm2(h) * (1 + scale) + shift
+        else:
+            h = norm2(h + emb)
+        return self.skip_connection(self.resample(x)) + conv2(act(h))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention between positions. The channels of qkv are split into heads first, then into q, k and v (upstream's "legacy" order)."""
+
+    def __init__(self, channels, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = norm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x).flatten(2)).transpose(1, 2).contiguous()
+        q, k, v = qkv.view(B, H * W, self.num_heads, 3, C // self.num_heads).permute(3, 0, 2, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v)                     # (B, heads, HW, C / heads)
+        return x + self.proj_out(h.transpose(2, 3).reshape(B, C, H * W)).view(B, C, H, W)
+
+
+class CrossAttention(nn.Module):
+    """Of h (B, T, D) to context (B, S, context_dim), or to itself."""
+
+    def __init__(self, dim, context_dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, h, context=None):
+        context = h if context is None else context
+        q, k, v = (z.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for z in (self.to_q(h), self.to_k(context), self.to_v(context)))
+        h = F.scaled_dot_product_attention(q, k, v)                     # (B, heads, T, D / heads)
+        return self.to_out(h.transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * hidden)
+
+    def forward(self, h):
+        h, gate = self.proj(h).chunk(2, dim=-1)
+        return h * F.gelu(gate)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context, MLP."""
+
+    def __init__(self, dim, context_dim, num_heads):
+        super().__init__()
+        self.attn1 = CrossAttention(dim, dim, num_heads)
+        self.ff = nn.ModuleDict({"net": nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))})
+        self.attn2 = CrossAttention(dim, context_dim, num_heads)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, h, context):
+        h = h + self.attn1(self.norm1(h))
+        h = h + self.attn2(self.norm2(h), context)
+        return h + self.ff["net"](self.norm3(h))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the positions of x (B, C, H, W), added to x."""
+
+    def __init__(self, channels, context_dim, num_heads):
+        super().__init__()
+        self.norm = norm(channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, num_heads)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x, context):
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)       # (B, HW, C)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Stage(nn.Sequential):
+    """One block of the U-Net: its layers in turn, each with what it takes."""
+
+    def forward(self, h, emb, context):
+        for layer in self:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h, context) if isinstance(layer, SpatialTransformer) else layer(h)
+        return h
+
+
+class UNet(nn.Module):
+    """The U-Net of latent diffusion and Stable Diffusion 1 (upstream: UNetModel; the arguments have its names).
+
+    attention_resolutions  at which downsampling rates there is attention
+    num_heads              of every attention, or num_head_channels, the width of a head
+    use_scale_shift_norm   t scales and shifts instead of being added
+    resblock_updown        residual blocks change the resolution instead of convolutions
+    context                what the attention looks at besides the image: "none" (y is ignored), "class" (y (B,) long, 0..K-1, K is the null
+                           label; a table of K + 1 rows of context_dim), "text" (y (B, T, context_dim), the prompts' embeddings)
+
+    Upstream keeps the table outside the U-Net; here it is the one key, of upstream's name, that UNetModel does not have: CLASS_TABLE.
+    """
+
+    cfg_channels, guidance = None, False
+
+    def __init__(self, input_size=64, in_channels=4, model_channels=320, num_res_blocks=2, channel_mult=(1, 2, 4, 4),
+                 attention_resolutions=(4, 2, 1), num_heads=None, num_head_channels=None, use_scale_shift_norm=False,
+                 resblock_updown=False, context="none", context_dim=None, num_classes=0):
+        super().__init__()
+        self.arch = dict(net="UNet", input_size=input_size, in_channels=in_channels, model_channels=model_channels,
+                         num_res_blocks=num_res_blocks, channel_mult=list(channel_mult), attention_resolutions=list(attention_resolutions),
+                         num_heads=num_heads, num_head_channels=num_head_channels, use_scale_shift_norm=use_scale_shift_norm,
+                         resblock_updown=resblock_updown, context=context, context_dim=context_dim, num_classes=num_classes)
+        self.context, self.num_classes, self.sample_shape = context, num_classes, (in_channels, input_size, input_size)
+
+        def residual(channels, out_channels, resample=None):
+            return ResBlock(channels, 4 * model_channels, out_channels, use_scale_shift_norm, resample)
+
+        def attention(channels, level=None):                            # a list of one or none; None: the middle, which always has it
+            if level is not None and 2 ** level not in attention_resolutions:
+                return []
+            heads = num_heads or channels // num_head_channels
+            return [AttentionBlock(channels, heads) if context == "none" else SpatialTransformer(channels, context_dim, heads)]
+
+        def down(channels):
+            if resblock_updown:
+                return residual(channels, channels, nn.AvgPool2d(2))
+            return nn.Sequential(OrderedDict(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
+
+        def up(channels):
+            if resblock_updown:
+                return residual(channels, channels, nn.Upsample(scale_factor=2))
+            return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2), conv=nn.Conv2d(channels, channels, 3, padding=1)))
+
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, 4 * model_channels), nn.SiLU(), nn.Linear(4 * model_channels, 4 * model_channels))
+        if context == "class":
+            self.cond_stage_model = nn.ModuleDict({"embedding": nn.Embedding(num_classes + 1, context_dim)})
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, model_channels, 3, padding=1))])
+        skips = [ch := model_channels]                                  # channels of every input block, for the output blocks
+        for level, mult in enumerate(channel_mult):
+            if level:
+                self.input_blocks.append(Stage(down(ch)))
+                skips.append(ch)
+            for _ in range(num_res_blocks):
+                block, ch = residual(ch, mult * model_channels), mult * model_channels
+                self.input_blocks.append(Stage(block, *attention(ch, level)))
+                skips.append(ch)
+        self.middle_block = Stage(residual(ch, ch), *attention(ch), residual(ch, ch))
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                block, ch = residual(ch + skips.pop(), mult * model_channels), mult * model_channels
+                self.output_blocks.append(Stage(block, *attention(ch, level), *([up(ch)] if level and i == num_res_blocks else [])))
+        self.out = nn.Sequential(norm(ch), nn.SiLU(), nn.Conv2d(ch, in_channels, 3, padding=1))
+        if self.out[2].weight.device.type != "meta":
+            self.initialize_weights()
+
+    def initialize_weights(self):
+        """Upstream's: torch's own, and zero for the last layer of every residual branch and of the network."""
+        last = [m.out_layers[3] for m in self.modules() if isinstance(m, ResBlock)]
+        last += [m.proj_out for m in self.modules() if isinstance(m, (AttentionBlock, SpatialTransformer))]
+        for layer in last + [self.out[2]]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def blocks(self):
+        return [*self.input_blocks, self.middle_block, *self.output_blocks]
+
+    def forward(self, x, t, y, w=None, tap=None):
+        """Noisy x (B, C, H, W), timesteps t (B,), integer or fractional, y as `context` says; w is ignored -> (B, C, H, W).
+
+        tap(l, h) -> h sees the output of block l, (B, C', H', W'), and at l = len(blocks) the network's output; what it returns takes the
+        place of what it was given, also in the skip connection.
+        """
+        tap = tap or (lambda l, h: h)
+        emb = self.time_embed(sinusoid(t, self.arch["model_channels"]).to(self.time_embed[0].weight.dtype))
+        context = {"none": lambda: None, "class": lambda: self.cond_stage_model["embedding"](y)[:, None], "text": lambda: y}[self.context]()
+        h, skips, depth = x, [], len(self.input_blocks)
+        for l, block in enumerate(self.blocks):
+            h = tap(l, block(h if l <= depth else torch.cat([h, skips.pop()], dim=1), emb, context))
+            if l < depth:
+                skips.append(h)
+        return tap(len(self.blocks), self.out(h))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Names and sizes
+# ---------------------------------------------------------------------------------------------------
+
+SIZES = {  # upstream's table; Na and Ti are ours, for the embedded 8x8 digits
+    "Na": dict(hidden_size=48, depth=2, num_heads=2),
     "Ti": dict(hidden_size=64, depth=3, num_heads=2),
     "S": dict(hidden_size=384, depth=12, num_heads=6),
     "B": dict(hidden_size=768, depth=12, num_heads=12),
@@ -208,26 +461,50 @@ SIZES = {  # upstream's table; Ti is ours, for the embedded 8x8 digits
 }
 
 
-def make_arch(name, input_size, in_channels, num_classes, learn_sigma):
-    """'DiT-XL/2' and the data's shape -> keyword arguments of the network, with its class under "net"."""
-    match = re.fullmatch(r"DiT-(Ti|S|B|L|XL)/(\d+)", name)
-    if not match or int(match[2]) not in (1, 2, 4, 8):
-        raise UserError(f"--model {name}: unknown; choose DiT-{{{','.join(SIZES)}}}/{{1,2,4,8}}, for example DiT-XL/2")
-    patch = int(match[2])
-    if input_size % patch:
-        raise UserError(f"--model {name}: patches of {patch} do not tile a {input_size}x{input_size} input")
-    return dict(net="DiT", input_size=input_size, patch_size=patch, in_channels=in_channels, num_classes=num_classes,
-                learn_sigma=learn_sigma, **SIZES[match[1]])
+CLASS_TABLE = "cond_stage_model.embedding.weight"
+LDM = dict(input_size=64, in_channels=3, model_channels=224, channel_mult=[1, 2, 3, 4], attention_resolutions=[8, 4, 2], num_head_channels=32)
+UNETS = {  # upstream's configurations
+    "SD-v1.5": dict(input_size=64, in_channels=4, model_channels=320, channel_mult=[1, 2, 4, 4], attention_resolutions=[4, 2, 1], num_heads=8,
+                    context="text", context_dim=768),
+    "LDM-ImageNet": dict(input_size=64, in_channels=3, model_channels=192, channel_mult=[1, 2, 3, 5], attention_resolutions=[8, 4, 2],
+                         num_heads=1, context="class", context_dim=512),
+    "LDM-CelebAHQ": LDM,
+    "LDM-FFHQ": LDM,
+    "LDM-Bedroom": LDM,
+    "LDM-Churches": dict(input_size=32, in_channels=4, model_channels=192, channel_mult=[1, 2, 2, 4, 4], attention_resolutions=[1, 2, 4, 8],
+                         num_heads=8, use_scale_shift_norm=True, resblock_updown=True),
+}
+
+
+def make_arch(name, input_size, in_channels, num_classes, learn_sigma=False):
+    """'DiT-XL/2' or 'LDM-ImageNet' and the data's shape -> keyword arguments of the network, with its class under "net"."""
+    shape = dict(input_size=input_size, in_channels=in_channels)
+    if name in UNETS:
+        tile, what = 2 ** (len(UNETS[name]["channel_mult"]) - 1), "its levels"
+        labels = num_classes if UNETS[name].get("context") == "class" else 0
+        arch = dict(UNETS[name], net="UNet", **shape, num_classes=labels)
+    else:
+        match = re.fullmatch(r"(DiT|SiT)-(Na|Ti|S|B|L|XL)/([1248])", name.removesuffix("-REPA") if name.startswith("SiT") else name)
+        if not match:
+            known = f"DiT- or SiT-{{{','.join(SIZES)}}}/{{1,2,4,8}}, for example DiT-XL/2, or {', '.join(UNETS)}"
+            raise UserError(f"--model {name}: unknown; choose {known}")
+        tile, what = int(match[3]), f"patches of {match[3]}"
+        arch = dict(net=match[1], **shape, patch_size=tile, num_classes=num_classes, learn_sigma=learn_sigma, **SIZES[match[2]])
+    if input_size % tile:
+        raise UserError(f"--model {name}: {what} do not tile a {input_size}x{input_size} input")
+    return arch
 
 
 def build(arch):
     """A network from the "arch" entry of a checkpoint."""
     arch = dict(arch)
-    return {"DiT": DiT}[arch.pop("net")](**arch)
+    return {"DiT": DiT, "SiT": SiT, "UNet": UNet}[arch.pop("net")](**arch)
 
 
 def with_guidance(net):
-    """A DiT -> the same function as a network that takes the scale of guidance as an input, which it ignores at first."""
+    """A DiT or SiT -> the same function as a network that takes the scale of guidance as an input, which it ignores at first."""
+    if not isinstance(net, DiT):
+        raise UserError(f"a {net.arch['net']} cannot be made to take the scale of guidance; use a DiT or SiT")
     new = build({**net.arch, "guidance": True})
     missing, extra = new.load_state_dict(net.state_dict(), strict=False)
     if extra or any(not k.startswith("w_embedder.") for k in missing):
@@ -236,18 +513,23 @@ def with_guidance(net):
 
 
 def fill_random(net, std=0.02, seed=0):
-    """Fill all parameters with N(0, std^2). A fresh DiT outputs exactly zero, which makes tests and
-    benchmarks of a distillation loss vacuous; this one does not."""
+    """Fill all parameters with N(0, std^2), the scales of norms with N(1, std^2). A fresh DiT or U-Net outputs exactly zero,
+    which makes tests and benchmarks of a distillation loss vacuous; this one does not."""
     g = torch.Generator().manual_seed(seed)
     for p in net.parameters():
         p.data.copy_(torch.randn(p.shape, generator=g) * std)
+    for m in net.modules():
+        if isinstance(m, (nn.GroupNorm, nn.LayerNorm)) and m.weight is not None:
+            m.weight.data.add_(1)
     return net
 
 
 def count(arch):
-    """(parameters, floating-point operations of one forward of one sample), counted on the meta device; 2 per multiply-add."""
+    """(parameters, floating-point operations of one forward of one sample), counted on the meta device; 2 per multiply-add.
+    A prompt has 77 tokens, as CLIP's."""
     with torch.device("meta"):
         net, x = build(arch), torch.empty(1, arch["in_channels"], arch["input_size"], arch["input_size"])
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(x, torch.zeros(1), torch.zeros(1, dtype=torch.long), torch.ones(1))
+            y = torch.zeros(1, 77, arch["context_dim"]) if arch.get("context") == "text" else torch.zeros(1, dtype=torch.long)
+            net(x, torch.zeros(1), y, torch.ones(1))
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops()

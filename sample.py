@@ -61,7 +61,7 @@ def parser():
     p.add_argument("--ckpt", required=True)
     p.add_argument("--compare", help="a second checkpoint, drawn below the first")
     p.add_argument("--model", help="DiT-XL/2, ...: for files that do not say what they are")
-    p.add_argument("--image-size", type=int, default=256, choices=[256, 512])
+    p.add_argument("--image-size", type=int, choices=[256, 512])
     p.add_argument("--num-samples", type=int, default=40)
     p.add_argument("--nfe", type=int, help="steps; default: as trained, else 50")
     p.add_argument("--cfg", type=float, help="guidance (1: none); default: as trained")

@@ -76,15 +76,15 @@ class Interpolant:
 
 
 def make_schedule(name, T=1000):
-    """'linear' (DDPM, DiT), 'cosine' (Nichol & Dhariwal), 'ldm' and 'sd' (linear in sqrt(beta)), 'interpolant' (SiT)."""
+    """'linear' (DDPM, DiT), 'cosine' (Nichol & Dhariwal), 'ldm', 'ldm-churches' and 'sd' (linear in sqrt(beta)), 'interpolant' (SiT)."""
     f64 = dict(dtype=torch.float64)
     if name == "linear":
         return VP(torch.linspace(1e-4 * 1000 / T, 0.02 * 1000 / T, T, **f64))
     if name == "cosine":
         abar = torch.cos((torch.arange(T + 1, **f64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
         return VP((1 - abar[1:] / abar[:-1]).clamp(max=0.999))
-    if name in ("ldm", "sd"):
-        first, last = {"ldm": (0.0015, 0.0195), "sd": (0.00085, 0.012)}[name]
+    if name in ("ldm", "ldm-churches", "sd"):
+        first, last = {"ldm": (0.0015, 0.0195), "ldm-churches": (0.0015, 0.0155), "sd": (0.00085, 0.012)}[name]
         return VP(torch.linspace(first ** 0.5, last ** 0.5, T, **f64) ** 2)
     if name == "interpolant":
         return Interpolant()
@@ -249,7 +249,7 @@ def guide(net, cfg, channels=None, null=None):
     inner = getattr(net, "net", net)
     if getattr(inner, "guidance", False):  # it takes the scale as an input
         return lambda x, t, y, **kw: net(x, t, y, torch.full_like(t, cfg, dtype=torch.float32), **kw)
-    if cfg == 1:
+    if cfg == 1 or (null is None and not net.num_classes):  # nothing to guide with
         return net
     channels = channels or getattr(inner, "cfg_channels", None)
 

@@ -76,13 +76,14 @@ def main(args):
     proc.check_batch(args.batch_size)
 
     # Setup data and network:
-    dataset = data.load(args.data, args.image_size, args.classes)
+    dataset = data.load(args.data, args.image_size or 256, args.classes)
     if args.ckpt:
         info = checkpoints.describe(args.ckpt, args.model, args.image_size)
     else:
-        latent = dataset.scale is not None
-        arch = models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes, learn_sigma=latent and args.schedule != "interpolant")
-        info = dict(checkpoints.DIT_DEFAULTS, name=args.model, arch=arch, classes=dataset.classes, scale=dataset.scale, cfg=1.5 if latent else 1.0)
+        latent, flow = dataset.scale is not None, args.schedule == "interpolant" or args.model.startswith("SiT")
+        arch = models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes, learn_sigma=latent and not flow)
+        info = dict(checkpoints.DIT_DEFAULTS, **(checkpoints.SIT if flow else {}), **checkpoints.UNET_DEFAULTS.get(args.model, {}))
+        info.update(name=args.model, arch=arch, classes=arch["num_classes"], scale=dataset.scale, cfg=1.5 if latent else 1.0)
     info.update(method="train", prediction=args.prediction or info["prediction"], schedule=args.schedule or info["schedule"])
     data.check_fits(dataset, info)
     schedule = make_schedule(info["schedule"]).to(proc.device)
@@ -97,7 +98,8 @@ def main(args):
     else:
         torch.manual_seed(args.seed)
         net = models.build(info["arch"])
-        torch.nn.init.normal_(net.y_embedder.embedding_table.weight, std=args.label_std)
+        if isinstance(net, models.DiT):
+            torch.nn.init.normal_(net.y_embedder.embedding_table.weight, std=args.label_std)
     ema = EMA(net.to(proc.device), args.ema)
     student = proc.student(net, args.compile)
     opt = runtime.adamw(net, args.lr)
@@ -120,7 +122,8 @@ def main(args):
         x0, y = next(stream)
         rng = StepRandom(proc, args.seed, step, args.batch_size)
         t = rng.uniform() if schedule.continuous else rng.integers(0, schedule.T)
-        y = torch.where(rng.uniform() < 0.1, info["classes"], y)  # the null label, for classifier-free guidance
+        null = info["classes"] if info["null"] is None else info["null"]  # of classifier-free guidance: a label, or the empty prompt
+        y = torch.where((rng.uniform() < 0.1).view(-1, *[1] * (y.ndim - 1)), null, y)
         loss, _ = diffusion_loss(denoise, schedule, x0, y, t, rng.normal(x0.shape[1:]), info["prediction"])
         loss.backward()
         for group in opt.param_groups:
@@ -308,7 +311,7 @@ def self_plan(name, args, info, proc, grid, units, what):
 
 def self_arguments(p):
     p.add_argument("--model", help="DiT-{S,B,L,XL}/{2,4,8}, SiT-XL/2, SD-v1.5, LDM-ImageNet, ...; the released weights are fetched where there are any")
-    p.add_argument("--image-size", type=int, default=256, choices=[256, 512], help="of the released weights")
+    p.add_argument("--image-size", type=int, choices=[256, 512], help="of the released weights (default: what they were made for)")
     p.add_argument("--ckpt", help="the base model: a checkpoint's path or URL, ours or upstream's")
     p.add_argument("--data", help="digits, mnist, cifar10, ..., a folder of images or cached latents, or synthetic:STEPS")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
@@ -344,11 +347,11 @@ def fill_defaults(args):
 
 def parser():
     p = runtime.Parser(prog="train.py", description=__doc__, formatter_class=runtime.Raw)
-    p.add_argument("--model", help="DiT-{Ti,S,B,L,XL}/{1,2,4,8}; default DiT-Ti/2")
+    p.add_argument("--model", help="DiT- or SiT-{Na,Ti,S,B,L,XL}/{1,2,4,8}, LDM-...; default DiT-Ti/2")
     p.add_argument("--ckpt", help="start from these weights instead of random ones")
     p.add_argument("--data", default="digits", help="digits, mnist, fashion-mnist, cifar10, a folder of images or of cached latents")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
-    p.add_argument("--image-size", type=int, default=256, help="of image folders and upstream checkpoints")
+    p.add_argument("--image-size", type=int, help="of image folders (default 256) and upstream checkpoints")
     p.add_argument("--prediction", choices=["eps", "x0", "v", "velocity"], help="default eps, or what --ckpt predicts")
     p.add_argument("--schedule", choices=["linear", "cosine", "ldm", "sd", "interpolant"], help="default linear, or that of --ckpt")
     p.add_argument("--steps", type=int)

@@ -100,7 +100,6 @@ def values(get, cells, what, network="digits-cnn"):
 def table(get, rows, against=()):
     """Print rows {name: cells as in values()}: mean +- standard deviation over teachers (of means over seeds); gains on the rows named
     in `against` are paired within a teacher, with their standard error over teachers."""
-    import numpy as np
     print("| | FD digits-cnn | FD digits-mlp | pixel distance | accuracy |" + "".join(f" gain on {a} (cnn, mlp) |" for a in against) + "\n|" + "---|" * (5 + len(against)))
     pm = lambda v, digits: f"{v.mean():.{digits}f}" + (f" +- {v.std(ddof=1):.{digits}f}" if len(v) > 1 else "")
     for name, cells in rows.items():
