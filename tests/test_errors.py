@@ -15,9 +15,10 @@ import issd
 import models
 import runtime
 import sample
+import ssd
 import train
 
-MODULES = {"issd": issd, "train": train, "sample": sample, "fid": fid, "ddil": ddil}
+MODULES = {"issd": issd, "ssd": ssd, "train": train, "sample": sample, "fid": fid, "ddil": ddil}
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def test_student_of_a_v_model_starts_at_zero_for_lam_zero(tiny):
     assert issd.issd_loss(tiny, tiny, lam=0.3, prediction="v", **batch())[0] > 0
 
 
-@pytest.mark.parametrize("file,names", [("issd.py", "issd_loss"), ("train.py", "diffusion_loss")])
+@pytest.mark.parametrize("file,names", [("issd.py", "issd_loss"), ("ssd.py", "ssd_loss"), ("train.py", "diffusion_loss")])
 def test_method_block_can_be_pasted(file, names):
     """The Method section runs with nothing but torch, math and what it imports from solvers."""
     text = (ROOT / file).read_text()
@@ -138,6 +138,8 @@ def test_method_block_can_be_pasted(file, names):
     b = batch()
     if names == "issd_loss":
         loss, _ = space["issd_loss"](Toy([0.6, -0.5, 0.8], 0.2), Toy([0.5, -0.7, 0.9], 0.2), lam=0.25, **b)
+    elif names == "ssd_loss":
+        loss, _ = space["ssd_loss"](Toy([0.6, -0.5, 0.8], 0.2), Toy([0.5, -0.7, 0.9], 0.2), lam=0.25, **b)
     else:
         loss, _ = space["diffusion_loss"](Toy([0.6, -0.5, 0.8], 0.2), b["schedule"], b["x0"], b["y"], b["t"], b["noise"])
     assert loss > 0
