@@ -200,6 +200,8 @@ def fill_defaults(args, info):
     if train.is_digits(info):
         preset = DIGITS
     train.fill(args, info, {**preset, **({"lam": 1.0} if flow else {})})
+    if info["arch"].get("context") == "text" and (args.data.startswith("synthetic") or args.guided != "no"):
+        raise UserError("a model with prompts needs --data FOLDER, made by `python data.py encode`, and guides as the paper does: leave --guided out")
     if args.interval is None and flow and 1 / args.nfe < 0.005:
         args.interval = 0.005
     args.teacher = args.teacher or ("ema" if args.interval else "fixed")

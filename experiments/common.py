@@ -17,9 +17,9 @@ ROOT = Path(os.environ.get("MINDISTILL_EXPERIMENTS", "runs/experiments")).resolv
 NETWORKS = ["digits-cnn", "digits-mlp"]  # the second is never used to choose
 
 
-def path(command):
+def path(command, file="last.pt"):
     """Where the checkpoint of a command lies: "ssd --ckpt X --nfe 10" -> .../last.pt."""
-    return str(ROOT / "models" / hashlib.sha1(command.encode()).hexdigest()[:16] / "last.pt")
+    return str(ROOT / "models" / hashlib.sha1(command.encode()).hexdigest()[:16] / file)
 
 
 def teacher(seed, model="DiT-Ti/2", prediction="eps", steps=2000):
@@ -120,3 +120,19 @@ def choose(get, base, settings):
     print("; ".join(f"{s}: {c['fd']:+.2f} / {c['pixel_fd']:+.3f} / {c['accuracy']:+.3f}" for s, c in change.items()))
     print(f"chosen: {best}" + ("" if allowed else " (none keeps accuracy and pixel distance)"))
     return best
+
+
+def draw(name, xlabel, ylabel, curves):
+    """curves {label: (x, array (points, teachers))} -> ROOT/name.png with mean and standard deviation, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no picture: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.figure(figsize=(5, 3.5))
+    for label, (x, v) in curves.items():
+        plt.errorbar(x, v.mean(1), v.std(1, ddof=1), label=label, capsize=2)
+    plt.xlabel(xlabel), plt.ylabel(ylabel), plt.legend(), plt.tight_layout()
+    plt.savefig(ROOT / f"{name}.png", dpi=120)
+    print(f"drawn: {ROOT / name}.png")
