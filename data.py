@@ -2,7 +2,8 @@
 latents, and a pool of samples that the model itself made.
 
 A data set here has: shape (C, H, W), classes (K; label K is the null one), scale (None for pixels, else the
-factor latents were multiplied by) and len(). Pixels are in [-1, 1].
+factor latents were multiplied by), text (None, or (tokens, dim) of its embedded captions) and len(). Pixels are in [-1, 1].
+`python data.py encode` makes such caches of images and prompts: see encode.py.
 """
 import itertools
 import json
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import runtime
 from checkpoints import local_first
 from runtime import CACHE, StepRandom, UserError, bar, generator, write_text
 from solvers import PROJECTIONS, fused, guide, make_schedule, sample, solver_grid
@@ -33,7 +35,7 @@ CHUNK = 250  # samples are drawn in chunks of this many, each from its own seed:
 class Pixels:
     """Images held in memory on the training device: x (N, C, H, W) uint8, y (N,) long."""
 
-    scale, workers = None, 0
+    scale, text, workers = None, None, 0
 
     def __init__(self, x, y, classes, flip, name):
         self.x, self.y, self.classes, self.flip, self.name = torch.as_tensor(x), torch.as_tensor(y).long(), classes, flip, name
@@ -41,6 +43,9 @@ class Pixels:
 
     def __len__(self):
         return len(self.x)
+
+    def names(self):
+        return [f"{self.name}/{i}" for i in range(len(self))]
 
     def rows(self, index, flip, rng):
         if self.x.device != rng.g.device:
@@ -53,11 +58,11 @@ class ImageFolder(torch.utils.data.Dataset):
     """Images below a folder, cropped as ADM does. Sub-folders are classes, in alphabetical order; without
     sub-folders there is no class (K = 0) and every label is the null one."""
 
-    scale, workers, flip = None, 4, True
+    scale, text, workers, flip = None, None, 4, True
     ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
     def __init__(self, root, size):
-        self.name, self.size, self.shape = str(root), size, (3, size, size)
+        self.root, self.name, self.size, self.shape = Path(root), str(root), size, (3, size, size)
         folders = sorted(d for d in Path(root).iterdir() if d.is_dir())
         self.classes = len(folders)
         self.files = [(f, k) for k, d in enumerate(folders or [Path(root)]) for f in sorted(d.rglob("*")) if f.suffix.lower() in self.ENDINGS]
@@ -66,6 +71,9 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.files)
+
+    def names(self):
+        return [f.relative_to(self.root).as_posix() for f, _ in self.files]
 
     def __getitem__(self, item):
         index, flip = item
@@ -82,6 +90,7 @@ class Latents(torch.utils.data.Dataset):
 
     F = 2 holds the latent of the image and of its mirror image (F = 1: the image only); S = 2 holds mean and standard deviation of
     the autoencoder's posterior, sampled each time one is read (S = 1: the latent itself). Already multiplied by scale.
+    With captions labels.npy holds rows of embeddings.npy (M, T, D), which take the labels' place, and null (1, T, D) is that of no caption.
     """
 
     workers, flip = 2, True
@@ -92,11 +101,16 @@ class Latents(torch.utils.data.Dataset):
         try:
             self.x, self.y = np.load(root / "latents.npy", mmap_mode="r"), np.load(root / "labels.npy")
             meta = json.loads((root / "meta.json").read_text())
-            self.classes, self.scale = meta["classes"], meta["scale"]
+            self.classes, self.scale, self.text, self.null = meta["classes"], meta["scale"], None, None
+            if (root / "embeddings.npy").exists():
+                self.embeddings, self.null = load_prompts(root)
+                self.classes, self.text = 0, tuple(self.null.shape[1:])
         except (OSError, ValueError, KeyError) as e:
             raise UserError(f"--data {root}: cannot be read ({e}); make it again")
         if self.x.ndim != 6 or len(self.x) != len(self.y) or len(self.y) == 0:
             raise UserError(f"--data {root}: latents.npy is {self.x.shape}, labels.npy {self.y.shape}; want (N, F, S, C, H, W) and (N,)")
+        if self.text and not 0 <= self.y.min() <= self.y.max() < len(self.embeddings):
+            raise UserError(f"--data {root}: labels.npy names rows that embeddings.npy with its {len(self.embeddings)} does not have; make it again")
         self.shape = self.x.shape[3:]
 
     def __len__(self):
@@ -107,11 +121,19 @@ class Latents(torch.utils.data.Dataset):
         x = self.x[index, flip % self.x.shape[1]].astype(np.float32)       # (S, C, H, W)
         if not np.isfinite(x).all():
             raise UserError(f"--data {self.name}: entry {index} is not finite; make the cache again")
-        return torch.from_numpy(x), int(self.y[index])
+        return torch.from_numpy(x), torch.from_numpy(self.embeddings[self.y[index]].astype(np.float32)) if self.text else int(self.y[index])
 
     def finish(self, item, rng):
         x, y = item
         return (x[:, 0] + x[:, 1] * rng.normal(self.shape) if x.shape[1] == 2 else x[:, 0]), y
+
+
+def load_prompts(root):
+    """A folder's embeddings, an array (M, T, D) that stays on the disk, and null, a tensor (1, T, D) float32. Raises OSError, ValueError."""
+    rows, null = np.load(Path(root) / "embeddings.npy", mmap_mode="r"), np.load(Path(root) / "null.npy")
+    if rows.ndim != 3 or null.shape != (1, *rows.shape[1:]):
+        raise ValueError(f"embeddings.npy is {rows.shape}, null.npy {null.shape}; want (M, T, D) and (1, T, D)")
+    return rows, torch.from_numpy(null).float()
 
 
 def read_image(path, size=None):
@@ -176,7 +198,7 @@ def load(name, image_size=256, classes=None):
         data = ImageFolder(name, image_size)
     else:
         raise UserError(f"--data {name}: neither a known set (digits, mnist, fashion-mnist, cifar10) nor a folder")
-    labels = np.asarray([k for _, k in data.files] if isinstance(data, ImageFolder) else data.y)
+    labels = labels_of(data)
     if data.classes:
         data.classes = classes or data.classes
         for label in (labels.min(), labels.max()):
@@ -185,15 +207,27 @@ def load(name, image_size=256, classes=None):
     return data
 
 
+def labels_of(data):
+    return np.asarray([k for _, k in data.files] if isinstance(data, ImageFolder) else data.y)
+
+
 def check_fits(data, info):
     """Raise UserError unless a network with this info can train on this data."""
     arch = info["arch"]
     want = (arch["in_channels"], arch["input_size"], arch["input_size"])
     if tuple(data.shape) != want:
         raise UserError(f"--data {data.name} has shape {tuple(data.shape)}, the network wants {want}")
+    if (data.scale is None) != (info["scale"] is None) or data.scale and abs(data.scale / info["scale"] - 1) > 1e-3:
+        raise UserError(f"--data {data.name} holds {f'latents times {data.scale:g}' if data.scale else 'images'}, the network wants "
+                        f"{'images' if info['scale'] is None else 'latents times %g' % info['scale']}")
     if data.classes > info["classes"]:
         raise UserError(f"--data {data.name} has {data.classes} classes, the network knows {info['classes']}")
-    if data.classes == 0:  # no labels: each is the network's null label
+    if (arch.get("context") == "text") != (data.text is not None):
+        raise UserError(f"--data {data.name} has captions, the network takes labels" if data.text else
+                        f"--data {data.name} has no captions, which this network is conditioned on; make it with python data.py encode --prompts")
+    if data.text and data.text[1] != arch["context_dim"]:
+        raise UserError(f"--data {data.name} has captions of dimension {data.text[1]}, the network wants {arch['context_dim']}")
+    if data.classes == 0 and not data.text:  # no labels: each is the network's null label
         if isinstance(data, ImageFolder):
             data.files = [(f, info["classes"]) for f, _ in data.files]
         else:
@@ -209,7 +243,7 @@ def batches(data, proc, seed, batch, start):
     """Endless (x0, y): this rank's rows of the global batches of steps start, start + 1, ... on the device.
 
     Every epoch is a permutation drawn from (seed, epoch), and batches run on across its end, so that what a step sees depends
-    on (seed, step) alone. x0 (B / world, C, H, W) float32, y (B / world,) long.
+    on (seed, step) alone. x0 (B / world, C, H, W) float32, y (B / world,) long, of data with captions (B / world, T, D) float32.
     """
     def plan():
         order, epoch = None, -1
@@ -250,12 +284,19 @@ def one_thread(worker):
 # ---------------------------------------------------------------------------------------------------
 
 
-def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, solver=None, label=None, todo=None, desc="sampling"):
+def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, solver=None, label=None, todo=None, prompts=None, desc="sampling"):
     """Sample `num` images, labels in turn; yields (first index, x (n, C, H, W) float32, y (n,)) of this rank's chunks.
 
     Sample i depends on (seed, i) alone. nfe, cfg, solver: None means as the checkpoint was trained (its own grid and guidance).
-    label: all of this class. todo(chunk) -> bool: skip chunks that are already there.
+    label: all of this class. todo(chunk) -> bool: skip chunks that are already there. prompts: a tensor or array (M, T, D) for a
+    network conditioned on text, of which sample i takes row y = i % M. Raises UserError.
     """
+    arch, K = info["arch"], info["classes"] if prompts is None else len(prompts)
+    if (arch.get("context") == "text") != (prompts is not None):
+        raise UserError("this model is conditioned on text: it needs prompts (sample.py --prompts)" if prompts is None else
+                        "this model takes labels: leave --prompts out")
+    if prompts is not None and prompts.shape[-1] != arch["context_dim"]:
+        raise UserError(f"the prompts have dimension {prompts.shape[-1]}, the network wants {arch['context_dim']}")
     schedule = make_schedule(info["schedule"]).to(proc.device)
     nfe = (info["nfe"] or 50) if nfe is None else nfe
     solver = solver or info["solver"]
@@ -265,7 +306,6 @@ def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, solver=None, l
     if solver == "fused":
         nets, solver = fused(nets, [node_net(info.get("source", net), info, t, cfg) for t in grid[:-1]], info["lam"]), "ddim"
     chunks = [c for c in range((num + CHUNK - 1) // CHUNK) if c % proc.world == proc.rank and (todo is None or todo(c))]
-    arch, K = info["arch"], info["classes"]
     with bar(proc, len(chunks) * nfe, f"{desc} ({nfe} evaluations)") as progress:
         for c in chunks:
             n = min(CHUNK, num - c * CHUNK)
@@ -273,7 +313,8 @@ def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, solver=None, l
                                 generator=generator(proc.device, seed, c, 4), device=proc.device)
             y = torch.arange(c * CHUNK, c * CHUNK + n, device=proc.device) % max(K, 1) if label is None else torch.full((n,), label, device=proc.device)
             fresh = generator(proc.device, seed, c, 6)
-            x = sample(nets, noise, y, schedule, grid, info["prediction"], on_step=progress.update, solver=solver,
+            cond = y if prompts is None else torch.as_tensor(prompts[y.cpu()]).to(proc.device, torch.float32)
+            x = sample(nets, noise, cond, schedule, grid, info["prediction"], on_step=progress.update, solver=solver,
                        project=PROJECTIONS[info["threshold"]], noise=lambda x: torch.randn(x.shape, generator=fresh, device=x.device))
             yield c * CHUNK, x, y
 
@@ -288,9 +329,9 @@ def node_net(net, info, t, cfg):
     return guide(net, cfg if low <= t <= high else 1.0, null=info.get("null"))
 
 
-def sample_images(net, info, proc, num, seed, nfe=None, cfg=None, solver=None, desc="sampling"):
+def sample_images(net, info, proc, num, seed, nfe=None, cfg=None, solver=None, prompts=None, desc="sampling"):
     """Samples of a pixel model as (num, C, H, W) uint8 and their labels (num,), the same on every rank."""
-    parts = [(i, to_uint8(x).cpu().numpy(), y.cpu().numpy()) for i, x, y in sample_chunks(net, info, proc, num, seed, nfe, cfg, solver, desc=desc)]
+    parts = [(i, to_uint8(x).cpu().numpy(), y.cpu().numpy()) for i, x, y in sample_chunks(net, info, proc, num, seed, nfe, cfg, solver, prompts=prompts, desc=desc)]
     return proc.gather([(i, x) for i, x, _ in parts]), proc.gather([(i, y) for i, _, y in parts])
 
 
@@ -301,33 +342,67 @@ def synthetic(net, info, proc, folder, num, seed, nfe=10, cfg=1.5):
     name tells the weights (by their fingerprint) and the settings.
     """
     folder = Path(folder) / f"synthetic-{fingerprint(net)}-{nfe}steps-cfg{cfg:g}-seed{seed}-{num}"
-    chunk_file = lambda c: folder / f"chunk-{c:06d}.npz"
     if proc.any(not (folder / "meta.json").exists()):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for first, x, y in sample_chunks(net, info, proc, num, seed, nfe, cfg, todo=lambda c: not chunk_file(c).exists(), desc="synthetic data"):
-                part = chunk_file(first // CHUNK).with_suffix(".part")
-                with open(part, "wb") as f:
-                    np.savez(f, x=x.half().cpu().numpy(), y=y.cpu().numpy())
-                os.replace(part, chunk_file(first // CHUNK))
-            proc.barrier()
+            chunks = lambda todo: sample_chunks(net, info, proc, num, seed, nfe, cfg, todo=todo, desc="synthetic data")
+            x = write_pieces(proc, folder, "latents", range(num), lambda todo: ((first, x[:, None, None]) for first, x, _ in chunks(todo)))
             if proc.main:
-                files = [chunk_file(c) for c in range((num + CHUNK - 1) // CHUNK)]
-                out = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, (num, 1, 1, *net_shape(info)))
-                labels, at = np.empty(num, np.int64), 0
-                for file in files:
-                    with np.load(file) as f:
-                        out[at:at + len(f["y"]), 0, 0], labels[at:at + len(f["y"])] = f["x"], f["y"]
-                        at += len(f["y"])
-                out.flush()
-                np.save(folder / "labels.npy", labels)
+                os.replace(x, folder / "latents.npy")
+                save_array(folder / "labels.npy", np.arange(num) % max(info["classes"], 1))
                 write_text(folder / "meta.json", json.dumps({"classes": info["classes"], "scale": info["scale"], "nfe": nfe, "cfg": cfg, "seed": seed}))
-                for file in files:
-                    file.unlink()
         except OSError as e:
             raise UserError(f"cannot write the synthetic data into {folder} ({e}); free some space, see that all machines share this folder, and repeat the command")
         proc.barrier()
     return folder
+
+
+def write_pieces(proc, folder, name, keys, produce):
+    """Make an array of float16 rows, one for each of keys, on all ranks; returns its file, which the caller then moves to folder/name.npy.
+
+    produce(todo) yields (first row, rows) for this rank's chunks c with todo(c). They are written as they are done, and in the end moved into
+    one file one by one; a broken run continues, also with other keys, of which the chunks that are the same are kept.
+    """
+    crc = lambda keys: f"{zlib.crc32(repr(keys).encode()):08x}"
+    piece = lambda c: folder / f"{name}-{c:06d}-{crc(keys[c * CHUNK:(c + 1) * CHUNK])}.npy"
+    whole, chunks = folder / f"{name}-{crc(keys)}.part", range((len(keys) + CHUNK - 1) // CHUNK)
+    if proc.any(not whole.exists()):  # else all are done, and some are moved already
+        for first, x in produce(lambda c: not piece(c).exists()):
+            if not x.half().isfinite().all():
+                raise UserError(f"{name} {first} to {first + len(x) - 1} are not finite, or too large for float16; look at the model, and at --scale")
+            save_array(piece(first // CHUNK), x.half().cpu().numpy())
+        proc.barrier()
+    if proc.main:
+        for old in {*folder.glob(f"{name}-{'?' * 8}.part")} - {whole}:  # of keys that are no more
+            old.unlink()
+        if not whole.exists() and not all(piece(c).exists() for c in chunks):
+            raise UserError(f"{folder} lacks what other processes wrote: all machines must share this folder")
+        whole.touch()
+        with open(whole, "r+b") as f:
+            for c in filter(lambda c: piece(c).exists(), chunks):
+                x = np.load(piece(c))
+                f.seek(0)
+                np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": (len(keys), *x.shape[1:])})
+                f.seek(f.tell() + c * CHUNK * x[0].nbytes)
+                f.write(x.tobytes())
+                f.flush(), os.fsync(f.fileno())
+                piece(c).unlink()
+        for old in folder.glob(f"{name}-{'?' * 6}-{'?' * 8}.npy"):
+            old.unlink()
+    return whole
+
+
+def save_array(path, x):
+    """Write an .npy file atomically."""
+    part = path.with_suffix(".tmp")
+    try:
+        with open(part, "wb") as f:
+            np.save(f, x)
+            f.flush(), os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({e.strerror or e}); what is there already is kept: free some space and repeat the command")
 
 
 def net_shape(info):
@@ -352,3 +427,8 @@ def save_grid(blocks, path, columns=20):
     temporary = Path(path).with_suffix(".tmp")
     image.save(temporary, "PNG")
     os.replace(temporary, path)
+
+
+if __name__ == "__main__":  # python data.py encode
+    import encode
+    runtime.run(encode.main, encode.parser().parse_args())

@@ -160,8 +160,7 @@ class Processes:
 def compile_blocks(net):
     """Compile block by block: short to compile, keys of the state dict unchanged, and taps stay plain Python."""
     torch._dynamo.config.cache_size_limit = 64  # blocks of a U-Net differ in shape and share a forward
-    for block in net.blocks:
-        block.compile()
+    [block.compile() for block in net.blocks]
 
 
 def run(main, args):

@@ -343,7 +343,7 @@ def solver_grid(schedule, solver, nfe, own=None):
     """
     if schedule.continuous and solver not in FLOW or solver in ("euler", "sde") and not schedule.continuous:
         raise UserError(f"--solver {solver} does not go with this model's schedule; choose {', '.join(FLOW if schedule.continuous else [s for s in SOLVERS if s not in ('euler', 'sde')])}")
-    least = {"plms": 3, "dpm2": 2, "sde": 2, "fused": 3}.get(solver, 1)
+    least = {"plms": 3, "dpm2": 2, "sde": 2, "fused": 3}.get(solver, 0)
     if nfe < least or solver == "fused" and nfe % 2 == 0:
         raise UserError(f"--nfe {nfe}: {solver} needs {'an odd number, ' if solver == 'fused' else ''}at least {least}")
     nodes = {"plms": nfe - 1, "fused": (nfe + 1) // 2, "dpm2": nfe // 2 + 1}.get(solver, nfe)

@@ -10,6 +10,7 @@ from conftest import checkpoint, torchrun
 from PIL import Image
 
 import ddil
+import encode
 import fid
 import issd
 import models
@@ -18,7 +19,7 @@ import sample
 import ssd
 import train
 
-MODULES = {"issd": issd, "ssd": ssd, "train": train, "sample": sample, "fid": fid, "ddil": ddil}
+MODULES = {"issd": issd, "ssd": ssd, "train": train, "sample": sample, "fid": fid, "ddil": ddil, "encode": encode}
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from conftest import checkpoint, losses, torchrun, weights
 from test_issd import batch
 
 import checkpoints
+import models
 import ssd
 import train
 from runtime import Processes
@@ -204,3 +205,40 @@ def test_it_trains_on_its_own_samples_and_tells_the_plan(tmp_path, ckpt, monkeyp
     run("--model", "SiT-XL/2-REPA", "--nfe", 250, "--dry-run", "--out", tmp_path / "y")
     out = capsys.readouterr().out
     assert "t = s - 0.005, ema teacher" in out and "675" in out and not (tmp_path / "y").exists()
+
+
+# ---- The text-to-image form, from cached latents and embeddings to samples
+
+
+def tiny_unet():
+    arch = dict(net="UNet", input_size=8, in_channels=4, model_channels=32, num_res_blocks=1, channel_mult=[1, 2], attention_resolutions=[2, 1], num_heads=4,
+                context="text", context_dim=12)
+    return models.fill_random(models.build(arch))
+
+
+def test_a_text_model_trains_on_one_and_two_processes_and_is_sampled(tmp_path):
+    import json
+    import numpy as np
+    g, cache = np.random.default_rng(0), tmp_path / "cache"
+    cache.mkdir()
+    np.save(cache / "latents.npy", g.standard_normal((12, 2, 2, 4, 8, 8)).astype(np.float16))
+    np.save(cache / "labels.npy", np.arange(12) % 5)
+    np.save(cache / "embeddings.npy", g.standard_normal((5, 7, 12)).astype(np.float16))
+    np.save(cache / "null.npy", g.standard_normal((1, 7, 12)).astype(np.float16))
+    (cache / "meta.json").write_text(json.dumps({"classes": 0, "scale": 0.18215}))
+    net = tiny_unet()
+    torch.save(checkpoint(net, name="SD-v1.5", schedule="sd", scale=0.18215, classes=0, cfg=7.5), tmp_path / "base.pt")
+    words = ("--ckpt", tmp_path / "base.pt", "--data", cache, "--steps", 3, "--nfe", 4, "--batch-size", 4, "--lr", 1e-3, "--log-every", 1, "--save-every", 3)
+    run(*words, "--out", tmp_path / "one")
+    torchrun(2, "ssd.py", *words, "--out", tmp_path / "two")
+    a, b, base = weights(tmp_path / "one"), weights(tmp_path / "two"), net.state_dict()
+    total = lambda u, v: sum(float((u[k] - v[k]).abs().sum()) for k in u)
+    assert total(a, b) < 1e-3 * total(a, base) and all(l > 0 for l in losses(tmp_path / "one"))  # a bias before a norm has no gradient, and Adam divides by it
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "one")), torch.tensor(losses(tmp_path / "two")), rtol=1e-4, atol=1e-7)
+    assert total(a, base) > 0.1
+    info = checkpoints.describe(tmp_path / "one" / "last.pt")
+    torch.testing.assert_close(info["null"], torch.from_numpy(np.load(cache / "null.npy")).float())
+    import sample as sampler
+    sampler.main(sampler.parser().parse_args(["--ckpt", str(tmp_path / "one" / "last.pt"), "--prompts", str(cache), "--num-samples", "3", "--out", str(tmp_path / "x.npz")]))
+    with np.load(tmp_path / "x.npz") as f:
+        assert f["arr_0"].shape == (3, 4, 8, 8) and np.isfinite(f["arr_0"]).all() and f["arr_1"].tolist() == [0, 1, 2]
