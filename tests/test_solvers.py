@@ -188,27 +188,41 @@ def test_half_precision_states_are_refused():
         add_noise(make_schedule("linear"), torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 1), 5)
 
 
-# ---- DPM-Solver++(2M) and LCM against diffusers, on Gaussian data with its exact score
+# ---- Whole trajectories against diffusers, on Gaussian data with its exact score
+
+CASES = {"ddim": ["ddim_trailing_a1", "ddim_leading_a1", "ddim_trailing_a0", "ddim_leading_a0", "ddim_leading_offset1_a0", "dpm1_eps_linspace_sigmamin"],
+         "dpm++": ["dpmpp2m_linspace_zero", "dpmpp2m_trailing_zero", "dpmpp2m_leading_zero", "dpmpp2m_linspace_sigmamin"],
+         "lcm": ["lcm_orig50"], "plms": ["plms_leading_offset1", "plms_leading", "plms_trailing"], "dpm2": ["dpm2s_eps_sigmamin"]}
 
 
-@pytest.mark.parametrize("case", ["dpmpp2m_linspace_zero", "dpmpp2m_trailing_zero", "lcm_orig50"])
-def test_solvers_against_diffusers(golden, case):
+@pytest.mark.parametrize("solver, case", [(solver, case) for solver, cases in CASES.items() for case in cases])
+def test_solvers_against_diffusers(golden, solver, case):
+    """Its grids end clean, or ("a0", "sigmamin", and always for PLMS) at t = 0."""
     f = golden("schedulers.npz")
-    got, key = {}, f"linear/{case}/10"
+    key, calls = f"linear/{case}/10", []
     schedule, var = make_schedule("linear"), float(f["s_data"]) ** 2
     mu, x = (torch.from_numpy(f[k]) for k in ("mu", "x_T"))
 
     def eps(x, t, y):
+        calls.append(int(t[0]))
         alpha, sigma = schedule.at(t, x)
         return sigma * (x - alpha * mu) / (alpha ** 2 * var + sigma ** 2)
 
-    noise = iter(torch.from_numpy(f["lcm_noise"]))
-    grid = [int(t) for t in f[f"{key}/timesteps"]] + [-1]
-    got = sample(eps, x, None, schedule, grid, keep=True, solver="lcm" if "lcm" in case else "dpm++", noise=lambda x: next(noise))
-    np.testing.assert_allclose(torch.stack(got), f[f"{key}/traj"], atol=1e-9)
-    if "lcm" in case:
-        from solvers import lcm_grid
-        assert lcm_grid(10) == grid and lcm_grid(4) == [999, 759, 499, 259, -1]
+    nodes, want = f[f"{key}/timesteps"].astype(int).tolist(), f[f"{key}/traj"]
+    noise, end = iter(torch.from_numpy(f["lcm_noise"])), [0 if "a0" in case or "sigmamin" in case or solver == "plms" else -1]
+    if solver == "dpm2":  # diffusers looks at every second node of its grid, we at the middle in lmb: the step alone
+        look = lambda x, t: (None, eps(x, torch.full((4,), t), None), None)
+        for i, (t, m, u) in enumerate(zip(nodes[::2], nodes[1::2], nodes[2::2] + end)):
+            np.testing.assert_allclose(ddim_step(schedule, x, look(x, t)[1], t, m), want[2 * i + 1], atol=1e-9)
+            x = solvers._dpm2(look, schedule, x, t, u, middle=m)
+            np.testing.assert_allclose(x, want[2 * i + 2], atol=1e-9)
+        return
+    grid = (nodes[:1] + nodes[2:] if solver == "plms" else nodes) + end
+    got = sample(eps, x, None, schedule, grid, keep=True, solver=solver, noise=lambda x: next(noise))
+    np.testing.assert_allclose(torch.stack(got)[-9:], want[-9:], atol=1e-9)
+    assert calls == nodes  # PLMS looks twice at its second node
+    if solver == "lcm":
+        assert solvers.lcm_grid(10) == grid and solvers.lcm_grid(4) == [999, 759, 499, 259, -1]
     with pytest.raises(UserError, match="--solver"):
         sample(eps, x, None, schedule, grid, solver="unipc")
 
@@ -237,30 +251,6 @@ def test_real_valued_times_of_a_discrete_schedule():
     m = s.middle(900, 800)
     lmb = [float((a / b).log()) for a, b in (s.at(t, x) for t in (900, m, 800))]
     assert 800 < m < 900 and abs(lmb[1] - (lmb[0] + lmb[2]) / 2) < 1e-4  # lmb is linear between integers there, log alpha here
-
-
-def test_dpm_solver_2_and_plms_against_diffusers(golden):
-    """A step of each solver on the exact score; diffusers' second-order step looks at a node of its grid in between."""
-    f, schedule = golden("schedulers.npz"), make_schedule("linear")
-    mu, x, var = torch.from_numpy(f["mu"]), torch.from_numpy(f["x_T"]), float(f["s_data"]) ** 2
-
-    def eps(x, t, y):
-        alpha, sigma = schedule.at(t, x)
-        return sigma * (x - alpha * mu) / (alpha ** 2 * var + sigma ** 2)
-
-    nodes, want = f["linear/dpm2s_eps_sigmamin/10/timesteps"].tolist() + [0], f["linear/dpm2s_eps_sigmamin/10/traj"]
-    look = lambda x, t: (None, eps(x, t, None), None)
-    for i in range(0, 10, 2):
-        np.testing.assert_allclose(ddim_step(schedule, x, eps(x, nodes[i], None), nodes[i], nodes[i + 1]), want[i + 1], atol=1e-9)
-        x = solvers._dpm2(look, schedule, x, nodes[i], nodes[i + 2], middle=nodes[i + 1])
-        np.testing.assert_allclose(x, want[i + 2], atol=1e-9)
-
-    for case, end in (("plms_leading_offset1", [0]), ("plms_leading", [0]), ("plms_trailing", [0])):  # diffusers ends at alphas_cumprod[0], t = 0
-        nodes, want = f[f"linear/{case}/10/timesteps"].astype(int).tolist(), f[f"linear/{case}/10/traj"]
-        calls, grid = [], nodes[:1] + nodes[2:] + end
-        got = sample(lambda x, t, y: calls.append(int(t[0])) or eps(x, t, y), torch.from_numpy(f["x_T"]), None, schedule, grid, keep=True, solver="plms")
-        assert calls == nodes
-        np.testing.assert_allclose(torch.stack(got[1:]), want[2:], atol=1e-9)
 
 
 def test_ancestral_sampling_of_a_gaussian_and_its_variance(golden):
