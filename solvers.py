@@ -39,7 +39,7 @@ class VP:
         self.alpha = torch.cat([abar.sqrt(), abar.new_ones(1)])
         self.sigma = torch.cat([(1 - abar).sqrt(), abar.new_zeros(1)])
         self.beta, self.post_logvar = betas, torch.cat([post_var[1:2], post_var[1:]]).log()  # "clipped": entry 0 would be log 0
-        self.lmb = (0.5 * (abar / (1 - abar)).log()).numpy()  # log(alpha / sigma), falling with t; stays on the host
+        self.log_alpha, self.lmb = (0.5 * abar.log()).numpy(), (0.5 * (abar / (1 - abar)).log()).numpy()  # (T,), stay on the host
 
     def to(self, device):
         for name in ("alpha", "sigma", "beta", "post_logvar"):
@@ -49,17 +49,14 @@ class VP:
     def at(self, t, x):
         """alpha_t and sigma_t for t, an int, a float >= 0 or (B,) long, shaped to multiply x."""
         if isinstance(t, float):
-            log_alpha = self.alpha[:-1].log()
-            i = min(int(t), self.T - 2)
-            log_alpha = torch.lerp(log_alpha[i], log_alpha[i + 1], t - i)
-            return column(log_alpha.exp(), x), column((-torch.expm1(2 * log_alpha)).sqrt(), x)
+            log_alpha = np.interp(t, np.arange(self.T), self.log_alpha)
+            return tuple(x.new_full([1] * x.ndim, v) for v in (np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))))
         return column(self.alpha[t], x), column(self.sigma[t], x)
 
     def middle(self, t, u):
         """The time, a float, at which lmb is half way between those of t and u (floats or ints >= 0)."""
         times = np.arange(self.T)
-        lmb = np.interp([t, u], times, self.lmb).mean()
-        return float(np.interp(-lmb, -self.lmb, times))
+        return float(np.interp(-np.interp([t, u], times, self.lmb).mean(), -self.lmb, times))
 
 
 class Interpolant:
