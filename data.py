@@ -105,7 +105,7 @@ class Latents(torch.utils.data.Dataset):
             if (root / "embeddings.npy").exists():
                 self.embeddings, self.null = load_prompts(root)
                 self.classes, self.text = 0, tuple(self.null.shape[1:])
-        except (OSError, ValueError, KeyError) as e:
+        except (OSError, ValueError, KeyError, EOFError, TypeError) as e:
             raise UserError(f"--data {root}: cannot be read ({e}); make it again")
         if self.x.ndim != 6 or len(self.x) != len(self.y) or len(self.y) == 0:
             raise UserError(f"--data {root}: latents.npy is {self.x.shape}, labels.npy {self.y.shape}; want (N, F, S, C, H, W) and (N,)")
@@ -299,14 +299,21 @@ def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, solver=None, l
         raise UserError(f"the prompts have dimension {prompts.shape[-1]}, the network wants {arch['context_dim']}")
     schedule = make_schedule(info["schedule"]).to(proc.device)
     nfe = (info["nfe"] or 50) if nfe is None else nfe
-    solver = solver or info["solver"]
+    solver, cfg = solver or info["solver"], info["cfg"] if cfg is None else cfg
     grid = solver_grid(schedule, solver, nfe, info["grid"])
-    cfg = info["cfg"] if cfg is None else cfg
+    if info.get("only_node") not in (None, *grid[:-1]) or info.get("only_node") is not None and solver in ("plms", "dpm2", "fused"):
+        raise UserError(f"this network was trained for one step, at t = {info['only_node']:g}; sample it with its own --nfe and solver")
+    if info.get("cfg_interval") and cfg != 1 and solver == "fused":
+        raise UserError("--solver fused: this model is guided at some of its steps only, whose features do not fit together; give --cfg 1")
+    if info.get("null") is not None:
+        if prompts.shape[1:] != info["null"].shape[1:]:
+            raise UserError(f"the prompts have shape {tuple(prompts.shape[1:])}, the empty prompt of this model {tuple(info['null'].shape[1:])}")
+        info = {**info, "null": info["null"].to(proc.device)}
     nets = [node_net(net, info, t, cfg) for t in grid[:-1]]
-    if solver == "fused":
+    if fuse := solver == "fused":
         nets, solver = fused(nets, [node_net(info.get("source", net), info, t, cfg) for t in grid[:-1]], info["lam"]), "ddim"
     chunks = [c for c in range((num + CHUNK - 1) // CHUNK) if c % proc.world == proc.rank and (todo is None or todo(c))]
-    with bar(proc, len(chunks) * nfe, f"{desc} ({nfe} evaluations)") as progress:
+    with bar(proc, len(chunks) * (len(nets) if fuse else nfe), f"{desc} ({nfe} evaluations)") as progress:
         for c in chunks:
             n = min(CHUNK, num - c * CHUNK)
             noise = torch.randn(n, arch["in_channels"], arch["input_size"], arch["input_size"],
@@ -325,7 +332,7 @@ def node_net(net, info, t, cfg):
     if info.get("only_node") not in (None, t):
         net = info.get("elsewhere")
         if net is None:
-            raise UserError(f"this network was trained for t = {info['only_node']:g} only: give the model that samples --elsewhere, its base")
+            raise UserError(f"this network was trained for t = {info['only_node']:g} only, its base makes all other steps: python sample.py --elsewhere BASE")
     return guide(net, cfg if low <= t <= high else 1.0, null=info.get("null"))
 
 

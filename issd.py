@@ -31,12 +31,12 @@ import data
 import runtime
 import train
 from runtime import Guard, Log, Processes, StepRandom, Stop, UserError, say
-from solvers import add_noise, ddim_step, guide, make_schedule, schedule_grid
+from solvers import PROJECTIONS, add_noise, ddim_step, guide, make_schedule
 
 # ---- Method -------------------------------------------------------------------------------------------
 
 
-def issd_loss(student, teacher, schedule, x0, y, s, t, noise, lam, reading="teacher", prediction="eps", guided=None):
+def issd_loss(student, teacher, schedule, x0, y, s, t, noise, lam, reading="teacher", prediction="eps", guided=None, project=None):
     """Eq. 7 -> (loss, info). student and teacher: net(x, t, y, tap) with tap(l, h) -> h on every layer's output.
 
     x0, noise (B, C, H, W); y (B,) labels, already dropped; s > t (B,) neighbouring nodes of the solver's grid; 0 <= lam <= 1.
@@ -44,7 +44,7 @@ def issd_loss(student, teacher, schedule, x0, y, s, t, noise, lam, reading="teac
         "teacher"  both the frozen teacher's: Eq. 6 and line 7                               5 forward units
         "student"  both the student's: line 8 and its heading                                5
         "literal"  line 7 by the teacher, line 8 by the student, as printed                  6
-    guided: net(x, t, y) that makes the solver's step in their place, if given.
+    guided: net(x, t, y) that makes the solver's step in their place, if given; project: as the sampler's.
     info: the states x_s and x_t and the prediction eps_s between them, for plots and tests.
     """
     C = x0.shape[1]                                                           # channels beyond C hold a learned variance
@@ -57,7 +57,7 @@ def issd_loss(student, teacher, schedule, x0, y, s, t, noise, lam, reading="teac
         eps_s = source(x_s, s, y, tap=store)[:, :C]                           # (B, C, H, W)           Alg. 2, lines 7-8
         if guided or reading == "literal":
             eps_s = (guided or teacher)(x_s, s, y)[:, :C]
-        x_t = ddim_step(schedule, x_s, eps_s, s, t, prediction)               # (B, C, H, W)           line 10
+        x_t = ddim_step(schedule, x_s, eps_s, s, t, prediction, project)      # (B, C, H, W)           line 10
         eps_teacher = teacher(x_t, t, y)[:, :C]                               # (B, C, H, W)           line 12
 
     fuse = lambda l, h: torch.lerp(h, features[l], lam)                       # lam f_s + (1 - lam) h  Eq. 6
@@ -74,19 +74,19 @@ def main(args):
     info = train.describe_base(args)
     fill_defaults(args, info)
     proc.check_batch(args.batch_size)
-    schedule = make_schedule(info["schedule"]).to(proc.device)
-    own_grid = args.grid is None and info["grid"] and info["nfe"] == args.nfe  # a progressively distilled model keeps its grid
-    grid = info["grid"] if own_grid else schedule_grid(schedule, args.grid, args.nfe)
+    schedule, project = make_schedule(info["schedule"]).to(proc.device), PROJECTIONS[info["threshold"]]
+    grid, pairs = train.self_grid(args, info, schedule)
+    train.self_checks(args, info, pairs)
     if args.dry_run:
         return say(proc, plan(args, info, proc, grid))
 
     # The base model is the teacher; the student starts as its copy:
-    base, info = train.base_model(args)
+    base, base_info = train.base_model(args)
     student = proc.student(copy.deepcopy(base), args.compile)
     teacher = proc.frozen(base, args.compile)
     net = getattr(student, "module", student)
     opt = runtime.adamw(net, args.lr)
-    info = {**info, "method": "issd", "grid": grid, "nfe": args.nfe, "cfg": args.cfg, "only_node": grid[args.only_step] if args.only_step else None}
+    info = {**base_info, "method": "issd", "grid": grid, "nfe": args.nfe, "cfg": args.cfg, "only_node": grid[args.only_step] if args.only_step else None}
 
     # Resume:
     state, start = runtime.prepare(args, proc), 0
@@ -100,13 +100,13 @@ def main(args):
 
     # Setup data; without any, the base model's own samples (the paper's Table 8):
     student_eps, teacher_eps = proc.mixed(student), proc.mixed(teacher)
-    dataset, source = train.training_data(args, teacher_eps, info, proc)
+    dataset, source = train.training_data(args, teacher_eps, base_info, proc)
     base_eps, guided = teacher_eps, guide(teacher_eps, args.cfg) if args.guided == "step" else None
     if args.guided == "all":
         student_eps, teacher_eps = guide(student_eps, args.cfg), guide(teacher_eps, args.cfg)
 
     nodes = torch.tensor(grid, device=proc.device)
-    first, end = (args.only_step - 1, args.only_step) if args.only_step else (0, args.nfe - 1)
+    first, end = (args.only_step - 1, args.only_step) if args.only_step else (0, pairs)
     guard, stop = Guard(proc), Stop(proc)
     log = Log(args, proc, start, args.steps, "issd")
     stream = data.batches(dataset, proc, args.seed, args.batch_size, start)
@@ -116,7 +116,7 @@ def main(args):
         y = torch.where(rng.uniform() < args.drop, info["classes"], y)  # important! once per sample, so that all forwards agree
         n = rng.integers(first, end)
         loss, _ = issd_loss(student_eps, teacher_eps, schedule, x0, y, nodes[n], nodes[n + 1], rng.normal(x0.shape[1:]),
-                            args.lam, args.reading, info["prediction"], guided)
+                            args.lam, args.reading, info["prediction"], guided, project)
         loss.backward()
         guard.update(opt, loss, step)
 
@@ -139,7 +139,7 @@ def main(args):
 
 def plan(args, info, proc, grid):
     """What --dry-run prints."""
-    units = (6 if args.reading == "literal" else 5) * (2 if args.guided == "all" else 1) + 2 * (args.guided == "step")  # forwards of an iteration; the backward counts as two
+    units = 7 if args.guided == "step" else (6 if args.reading == "literal" else 5) * (2 if args.guided == "all" else 1)
     return train.self_plan("iSSD", args, info, proc, grid, units, f"lam {args.lam}, reading {args.reading}")
 
 
@@ -163,10 +163,6 @@ def fill_defaults(args, info):
     nearest = lambda table: table[min(table, key=lambda nfe: abs(nfe - args.nfe))]
     lam = nearest(LAM_DISTILLED if info["method"] in ("pd", "ddil") else LAM[train.size_of(info)])
     train.fill(args, info, DIGITS if train.is_digits(info) else dict(train.self_preset(info), lam=lam))
-    if not 0 <= args.lam <= 1:
-        raise UserError(f"--lam {args.lam}: must lie between 0 and 1")
-    if args.only_step and not 1 <= args.only_step < args.nfe:
-        raise UserError(f"--only-step {args.only_step}: must lie between 1 and {args.nfe - 1}")
 
 
 def parser():

@@ -36,7 +36,7 @@ def main(args):
     if args.prompts:
         try:
             prompts, null = data.load_prompts(args.prompts)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, EOFError) as e:
             raise UserError(f"--prompts {args.prompts}: cannot be read ({e}); make it with python data.py encode --prompts")
     for ckpt in [args.ckpt] + ([args.compare] if args.compare else []):
         net, info = checkpoints.load_model(ckpt, args.model, args.image_size)
@@ -46,15 +46,20 @@ def main(args):
         if latent and out.suffix == ".png" and not args.decode:
             raise UserError("this model makes latents, not images: name its autoencoder with --decode (stabilityai/sd-vae-ft-ema for DiT), "
                             "or give --out a name ending in .npz")
-        if args.solver == "fused" and args.lam is None:
-            raise UserError("--solver fused fuses the features of neighbouring steps: give their weight with --lam")
+        if args.solver == "fused" and not 0 <= (args.lam if args.lam is not None else -1) <= 1:
+            raise UserError("--solver fused fuses the features of neighbouring steps: give their weight with --lam, between 0 and 1")
+        if args.cfg is not None and not np.isfinite(args.cfg):
+            raise UserError(f"--cfg {args.cfg}: must be a number")
         if args.decode and not latent:
             raise UserError("--decode: this model makes images itself; leave it out")
         vae = vae or (encode.load_vae(proc, args.decode, "--decode") if args.decode else None)
         if prompts is not None and info["null"] is None:
             info["null"] = null
         if info["only_node"] is not None and args.elsewhere:
-            info["elsewhere"] = proc.mixed(proc.frozen(checkpoints.load_model(args.elsewhere, args.model, args.image_size)[0]))
+            other, other_info = checkpoints.load_model(args.elsewhere, args.model, args.image_size)
+            if any(other_info[k] != info[k] for k in ("arch", "prediction", "schedule")) or other_info["only_node"] is not None:
+                raise UserError(f"--elsewhere {args.elsewhere}: is not the base model of {ckpt}")
+            info["elsewhere"] = proc.mixed(proc.frozen(other))
         info["lam"] = args.lam
         denoise = proc.mixed(proc.frozen(net))
         finish = lambda x: data.to_uint8(x) if not latent else encode.decode_images(vae, x / info["scale"]) if vae else x / info["scale"]

@@ -23,6 +23,11 @@ def column(v, x):
     return v.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
+def everywhere(v, x):
+    """A number, as column(v, x), made on the device of x without a copy from the host."""
+    return x.new_full([1] * x.ndim, v)
+
+
 class VP:
     """Discrete variance-preserving schedule: alpha_t^2 = prod(1 - beta), sigma_t^2 = 1 - alpha_t^2.
 
@@ -31,11 +36,11 @@ class VP:
     `beta` and `post_logvar` (T,) serve the learned-variance term.
     """
 
-    def __init__(self, betas):
+    def __init__(self, betas, latent_diffusion=False):
         abar = torch.cumprod(1 - betas, 0)
         before = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
         post_var = betas * (1 - before) / (1 - abar)
-        self.T, self.continuous = len(betas), False
+        self.T, self.continuous, self.latent_diffusion = len(betas), False, latent_diffusion
         self.alpha = torch.cat([abar.sqrt(), abar.new_ones(1)])
         self.sigma = torch.cat([(1 - abar).sqrt(), abar.new_zeros(1)])
         self.beta, self.post_logvar = betas, torch.cat([post_var[1:2], post_var[1:]]).log()  # "clipped": entry 0 would be log 0
@@ -50,7 +55,7 @@ class VP:
         """alpha_t and sigma_t for t, an int, a float >= 0 or (B,) long, shaped to multiply x."""
         if isinstance(t, float):
             log_alpha = np.interp(t, np.arange(self.T), self.log_alpha)
-            return tuple(x.new_full([1] * x.ndim, v) for v in (np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))))
+            return everywhere(np.exp(log_alpha), x), everywhere(np.sqrt(-np.expm1(2 * log_alpha)), x)
         return column(self.alpha[t], x), column(self.sigma[t], x)
 
     def middle(self, t, u):
@@ -62,19 +67,22 @@ class VP:
 class Interpolant:
     """Linear interpolant of flow models (SiT): alpha_t = 1 - t, sigma_t = t, t in [0, 1], t = 1 is noise."""
 
-    T, continuous = 1000, True  # T: what grids of integers are laid on
+    T, continuous, latent_diffusion = 1000, True, False  # T: what grids of integers are laid on
 
     def to(self, device):
         return self
 
     def at(self, t, x):
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-        return column(1 - t, x), column(t, x)
+        if isinstance(t, torch.Tensor):
+            return column(1 - t, x), column(t, x)
+        return everywhere(1 - t, x), everywhere(t, x)
 
 
 def make_schedule(name, T=1000):
     """'linear' (DDPM, DiT), 'cosine' (Nichol & Dhariwal), 'ldm', 'ldm-churches' and 'sd' (linear in sqrt(beta)), 'interpolant' (SiT)."""
     f64 = dict(dtype=torch.float64)
+    if name == "interpolant":
+        return Interpolant()
     if name == "linear":
         return VP(torch.linspace(1e-4 * 1000 / T, 0.02 * 1000 / T, T, **f64))
     if name == "cosine":
@@ -82,9 +90,7 @@ def make_schedule(name, T=1000):
         return VP((1 - abar[1:] / abar[:-1]).clamp(max=0.999))
     if name in ("ldm", "ldm-churches", "sd"):
         first, last = {"ldm": (0.0015, 0.0195), "ldm-churches": (0.0015, 0.0155), "sd": (0.00085, 0.012)}[name]
-        return VP(torch.linspace(first ** 0.5, last ** 0.5, T, **f64) ** 2)
-    if name == "interpolant":
-        return Interpolant()
+        return VP(torch.linspace(first ** 0.5, last ** 0.5, T, **f64) ** 2, latent_diffusion=True)
     raise UserError(f"schedule {name}: unknown; choose linear, cosine, ldm, sd or interpolant")
 
 
@@ -147,8 +153,9 @@ def from_x0_eps(schedule, x0, eps, t, prediction="eps"):
 
 
 def schedule_grid(schedule, name, nfe):
-    """make_grid for a schedule; name None is sit for the interpolant and dit for the others. Raises UserError where they do not match."""
-    name = name or ("sit" if schedule.continuous else "dit")
+    """make_grid for a schedule; name None is sit for the interpolant, ldm for latent diffusion's schedules where nfe divides T, and dit for all
+    others. Raises UserError where they do not match."""
+    name = name or ("sit" if schedule.continuous else "ldm" if schedule.latent_diffusion and schedule.T % nfe == 0 and 1 < nfe < schedule.T else "dit")
     if (name == "sit") != schedule.continuous:
         raise UserError(f"--grid {name} does not go with this model's schedule; leave it out")
     return make_grid(name, nfe, schedule.T)
@@ -285,7 +292,7 @@ ADAMS_BASHFORTH = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24
 
 def _plms(look, schedule, x, t, u, memory, **_):
     """PNDM's linear multistep: DDIM along an extrapolated eps; the first step looks at both of its ends."""
-    memory.insert(0, look(x, t)[1])
+    memory[:] = [look(x, t)[1], *memory[:3]]
     if len(memory) == 1:
         eps = (memory[0] + look(ddim_step(schedule, x, memory[0], t, u), u)[1]) / 2
     else:
@@ -347,7 +354,7 @@ def solver_grid(schedule, solver, nfe, own=None):
     if solver == "sde":
         return np.linspace(1, 0.04, nfe).tolist() + [0.0]
     if solver == "dpm2":
-        grid = schedule_grid(schedule, None, nodes)
+        grid = make_grid("dit", nodes, schedule.T)
         return grid if nfe % 2 else grid[:-1]
     if own and len(own) - 1 == nodes:
         return own
@@ -358,7 +365,7 @@ def solver_grid(schedule, solver, nfe, own=None):
 def sample(net, x, y, schedule, grid, prediction="eps", keep=False, on_step=None, solver="ddim", project=None, noise=torch.randn_like):
     """Along `grid` (solver_grid) from noise x (B, C, H, W) with conditions y (B, ...).
 
-    net(x, t, y) -> (B, C or more, H, W), of which the first C channels are the prediction; or a list of networks, one a node.
+    net(x, t, y) -> (B, C or more, H, W), of which the first C channels are the prediction; it must take the dtype of x; or a list of networks, one a node.
     on_step() is called after every evaluation. Returns x at the end of the grid, or with keep=True the list of all len(grid) states.
     """
     if solver not in STEPS:

@@ -12,13 +12,13 @@ Algorithm 1 for an N-step solver Psi with nodes eta_1 > ... > eta_N; theta-: fro
 
 lam weighs the cleaner step here, in iSSD the noisier one. lam = 1 is Eq. 10, which hurts a model that predicts eps. For one that predicts the velocity
 of the linear interpolant (SiT, REPA) it is Eq. 17, and the default: v_theta(x_s, s) against v_theta-(x_t, t), t = s - 0.1 for 10 steps from a fixed
-teacher, t = s - 0.005 for 250 from a moving average of the student. With prompts (Stable Diffusion) both predictions that guidance combines
-are matched, each by itself, and x_t is made with guidance drawn from 5 to 15.
+teacher, t = s - 0.005 for 250 from "the ema one" (sampled by --solver sde there). With prompts (Stable Diffusion) both predictions that guidance
+combines are matched, each by itself, and x_t is made with guidance drawn from 5 to 15.
 
-Differences from the paper. Algorithm 1 draws n up to N, where no t is left: n stops at N-1, save for the velocity, where t = 0 is a time like others.
-The loss is a mean, on the prediction's channels only; a network that predicts v or x0 is read as one that predicts eps. x_t is made without
-guidance (--guided); the label is dropped for 1 sample in 10, in all forwards of a step alike. AdamW, constant learning rate, no weight decay, no EMA.
-The average that teaches 250 steps starts at the base model and decays by 0.9999, REPA's own.
+Differences from the paper. Algorithm 1 draws n up to N, where no t is left: n stops at N-1, save where the grid ends at t = 0 (the velocity, latent
+diffusion). The loss is a mean, on the prediction's channels only; a network that predicts v or x0 is read as one that predicts eps. x_t is made
+without guidance (--guided); the label is dropped for 1 sample in 10, in all forwards of a step alike, a prompt never. AdamW, constant learning rate,
+no weight decay, no EMA. We take "the ema one" for a moving average of the student, from the base model on, with REPA's decay of 0.9999.
 
     python ssd.py                                                           the digits, a minute and a half on two CPU cores
     python ssd.py --model SiT-XL/2 --ckpt REPA.pt --nfe 10 --batch-size 16  one GPU
@@ -27,6 +27,7 @@ The average that teaches 250 steps starts at the base model and decays by 0.9999
 Writes runs/ssd/{last.pt, log.jsonl, metrics.json, samples.png}.
 """
 import copy
+import math
 import time
 
 import torch
@@ -35,7 +36,7 @@ import data
 import runtime
 import train
 from runtime import Guard, Log, Processes, StepRandom, Stop, UserError, say
-from solvers import add_noise, column, ddim_step, guide, make_schedule, schedule_grid, to_x0_eps
+from solvers import PROJECTIONS, add_noise, column, ddim_step, guide, make_schedule, to_x0_eps
 
 # ---- Method -------------------------------------------------------------------------------------------
 
@@ -45,40 +46,41 @@ def as_eps(schedule, x, out, t, prediction):
     return out if prediction in ("eps", "velocity") else to_x0_eps(schedule, x, out, t, prediction)[1]
 
 
-def ssd_loss(student, teacher, schedule, x0, y, s, t, noise, lam, prediction="eps", guided=None):
-    """Eq. 7 with the target of Eq. 5 -> (loss, info). 5 forward units.
+def ssd_loss(student, teacher, schedule, x0, y, s, t, noise, lam, prediction="eps", guided=None, project=None):
+    """Eq. 7 with the target of Eq. 5 -> (loss, info). Three forwards and a backward.
 
     x0, noise (B, C, H, W); y (B,) labels, already dropped; s > t (B,) neighbouring nodes of the solver's grid; 0 <= lam <= 1.
-    student, teacher, guided: net(x, t, y); guided, if given, makes the solver's step in the teacher's place.
-    info: the states x_s and x_t and the prediction out_s between them, for plots and tests.
+    student, teacher, guided: net(x, t, y); guided, if given, makes the solver's step in the teacher's place. project: as the sampler's.
+    info: the states x_s and x_t and the prediction between them, for plots and tests.
     """
     C = x0.shape[1]                                                           # channels beyond C hold a learned variance
     x_s = add_noise(schedule, x0, noise, s)                                   # (B, C, H, W)           Eq. 1
     with torch.no_grad():
         out_s = teacher(x_s, s, y)[:, :C]                                     # (B, C, H, W)           Alg. 1, line 7
         step = guided(x_s, s, y)[:, :C] if guided else out_s
-        x_t = ddim_step(schedule, x_s, step, s, t, prediction)                # (B, C, H, W)           line 9
+        x_t = ddim_step(schedule, x_s, step, s, t, prediction, project)       # (B, C, H, W)           line 9
         out_t = teacher(x_t, t, y)[:, :C]                                     # (B, C, H, W)           line 10
         eps_s, eps_t = as_eps(schedule, x_s, out_s, s, prediction), as_eps(schedule, x_t, out_t, t, prediction)
         target = torch.lerp(eps_s, eps_t, lam)                                # lam eps_t + (1 - lam) eps_s   Eq. 5
     eps_student = as_eps(schedule, x_s, student(x_s, s, y)[:, :C], s, prediction)                 #    line 11
-    return (target - eps_student).square().mean(), {"x_s": x_s, "x_t": x_t, "out_s": step}        #    Eq. 7
+    return (target - eps_student).square().mean(), {"x_s": x_s, "x_t": x_t, "step": step}         #    Eq. 7
 
 
-def ssd_text_loss(student, teacher, schedule, x0, y, null, s, t, noise, lam, cfg, prediction="eps"):
-    """Section A.2: both predictions of guidance are matched, each by itself; the solver's step is guided. -> (loss, info). 10 forward units.
+def ssd_text_loss(student, teacher, schedule, x0, y, null, s, t, noise, lam, cfg, prediction="eps", project=None):
+    """Section A.2: both predictions of guidance are matched, each by itself; the solver's step is guided. -> (loss, info).
 
-    y (B, T, D) prompts, or labels (B,); null: the empty prompt (1, T, D), or the null label; cfg (B,) scales of guidance. The rest as in ssd_loss.
+    y (B, T, D) prompts; null (1, T, D) the empty prompt; cfg (B,) scales of guidance. The rest as in ssd_loss.
     """
-    C, null = x0.shape[1], torch.as_tensor(null).to(y).expand_as(y)
-    both = lambda net, x, t: net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))[:, :C]   # (2B, C, H, W): with prompts, without
-    x_s = add_noise(schedule, x0, noise, s)                                                           # Eq. 1
+    C, y2 = x0.shape[1], torch.cat([y, null.expand_as(y)])                    # (2B, T, D): with prompts, then without
+    both = lambda net, x, t: net(torch.cat([x, x]), torch.cat([t, t]), y2)[:, :C]                                        # (2B, C, H, W)
+    eps = lambda x, out, t: as_eps(schedule, torch.cat([x, x]), out, torch.cat([t, t]), prediction)
+    x_s = add_noise(schedule, x0, noise, s)                                                                              # Eq. 1
     with torch.no_grad():
-        eps_s = both(teacher, x_s, s)
-        cond, uncond = eps_s.chunk(2)
-        x_t = ddim_step(schedule, x_s, uncond + column(cfg, x_s) * (cond - uncond), s, t, prediction)
-        target = torch.lerp(eps_s, both(teacher, x_t, t), lam)                                        # Eq. 5, for each
-    loss = 2 * (target - both(student, x_s, s)).square().mean()                                       # Eq. 7, the sum of the two
+        out_s = both(teacher, x_s, s)
+        cond, uncond = out_s.chunk(2)
+        x_t = ddim_step(schedule, x_s, uncond + column(cfg, x_s) * (cond - uncond), s, t, prediction, project)
+        target = torch.lerp(eps(x_s, out_s, s), eps(x_t, both(teacher, x_t, t), t), lam)                                 # Eq. 5, for each
+    loss = 2 * (target - eps(x_s, both(student, x_s, s), s)).square().mean()                                             # Eq. 7, their sum
     return loss, {"x_s": x_s, "x_t": x_t}
 
 
@@ -90,20 +92,20 @@ def main(args):
     info = train.describe_base(args)
     fill_defaults(args, info)
     proc.check_batch(args.batch_size)
-    schedule, pred = make_schedule(info["schedule"]).to(proc.device), info["prediction"]
-    own_grid = args.grid is None and info["grid"] and info["nfe"] == args.nfe  # a progressively distilled model keeps its grid
-    grid = info["grid"] if own_grid else schedule_grid(schedule, args.grid, args.nfe)
+    schedule, pred, project = make_schedule(info["schedule"]).to(proc.device), info["prediction"], PROJECTIONS[info["threshold"]]
+    grid, pairs = train.self_grid(args, info, schedule)
+    train.self_checks(args, info, pairs)
     if args.dry_run:
         return say(proc, plan(args, info, proc, grid))
 
     # The base model is the teacher; the student starts as its copy, and so does its average where that is the teacher:
-    base, info = train.base_model(args)
+    base, base_info = train.base_model(args)
     student = proc.student(copy.deepcopy(base), args.compile)
     average = copy.deepcopy(base).to(proc.device).eval().requires_grad_(False) if args.teacher == "ema" else None
     base = proc.frozen(base, args.compile)
     net = getattr(student, "module", student)
     opt = runtime.adamw(net, args.lr)
-    info = {**info, "method": "ssd", "grid": grid, "nfe": args.nfe, "cfg": args.cfg, "only_node": grid[args.only_step - 1] if args.only_step else None}
+    info = {**base_info, "method": "ssd", "grid": grid, "nfe": args.nfe, "cfg": args.cfg, "only_node": grid[args.only_step - 1] if args.only_step else None}
 
     # Resume:
     state, start = runtime.prepare(args, proc), 0
@@ -119,16 +121,15 @@ def main(args):
 
     # Setup data; without any, the base model's own samples (the paper's Table 8):
     base_out, student_out, teacher_out = proc.mixed(base), proc.mixed(student), proc.mixed(average or base)
-    dataset, source = train.training_data(args, base_out, info, proc)
-    text = getattr(dataset, "text", None)
-    if text:
-        info["null"] = dataset.null
+    dataset, source = train.training_data(args, base_out, base_info, proc)
+    if dataset.text:
+        info["null"], null = dataset.null, dataset.null.to(proc.device)
     guided = guide(teacher_out, args.cfg) if args.guided == "step" else None
     if args.guided == "all":
         student_out, teacher_out = guide(student_out, args.cfg), guide(teacher_out, args.cfg)
 
     nodes = torch.tensor(grid, device=proc.device)
-    first, end = (args.only_step - 1, args.only_step) if args.only_step else (0, args.nfe if schedule.continuous else args.nfe - 1)
+    first, end = (args.only_step - 1, args.only_step) if args.only_step else (0, pairs)
     guard, stop = Guard(proc), Stop(proc)
     log = Log(args, proc, start, args.steps, "ssd")
     stream = data.batches(dataset, proc, args.seed, args.batch_size, start)
@@ -143,12 +144,12 @@ def main(args):
             n = rng.integers(first, end)
             s, t = nodes[n], nodes[n + 1]
         noise = rng.normal(x0.shape[1:])
-        if text:
+        if dataset.text:
             cfg = args.text_cfg[0] + (args.text_cfg[1] - args.text_cfg[0]) * rng.uniform()
-            loss, _ = ssd_text_loss(student_out, teacher_out, schedule, x0, y, dataset.null, s, t, noise, args.lam, cfg, pred)
+            loss, _ = ssd_text_loss(student_out, teacher_out, schedule, x0, y, null, s, t, noise, args.lam, cfg, pred, project)
         else:
             y = torch.where(dropped, info["classes"], y)  # important! once per sample, so that all forwards agree
-            loss, _ = ssd_loss(student_out, teacher_out, schedule, x0, y, s, t, noise, args.lam, pred, guided)
+            loss, _ = ssd_loss(student_out, teacher_out, schedule, x0, y, s, t, noise, args.lam, pred, guided, project)
         loss.backward()
         guard.update(opt, loss, step)
         if average:
@@ -174,9 +175,9 @@ def main(args):
 def plan(args, info, proc, grid):
     """What --dry-run prints."""
     text = info["arch"].get("context") == "text"
-    units = 10 if text or args.guided == "all" else 7 if args.guided == "step" else 5  # forwards of an iteration; the backward counts as two
+    units = 10 if text or args.guided == "all" else 7 if args.guided == "step" else 5
     what = f"lam {args.lam}" + (f", t = s - {args.interval or 1 / args.nfe:g}, {args.teacher} teacher" if info["prediction"] == "velocity" else "")
-    return train.self_plan("SSD", args, info, proc, grid, units, what)
+    return train.self_plan("SSD", args, info, proc, grid, units, what, copies=2 if args.teacher == "ema" else 1)
 
 
 # ---- Arguments ----------------------------------------------------------------------------------------
@@ -202,15 +203,15 @@ def fill_defaults(args, info):
     train.fill(args, info, {**preset, **({"lam": 1.0} if flow else {})})
     if info["arch"].get("context") == "text" and (args.data.startswith("synthetic") or args.guided != "no"):
         raise UserError("a model with prompts needs --data FOLDER, made by `python data.py encode`, and guides as the paper does: leave --guided out")
-    if args.interval is None and flow and 1 / args.nfe < 0.005:
+    if args.interval is None and args.only_step is None and flow and 1 / args.nfe < 0.005:
         args.interval = 0.005
-    args.teacher = args.teacher or ("ema" if args.interval else "fixed")
-    if not 0 <= args.lam <= 1:
-        raise UserError(f"--lam {args.lam}: must lie between 0 and 1")
-    if args.interval and not (flow and 0 < args.interval < 1 and not args.only_step):
-        raise UserError(f"--interval {args.interval}: between 0 and 1, and only for models that predict velocity; leave --only-step out")
-    if args.only_step and not 1 <= args.only_step <= args.nfe - 1 + flow:
-        raise UserError(f"--only-step {args.only_step}: must lie between 1 and {args.nfe - 1 + flow}")
+    args.teacher = args.teacher or ("ema" if flow and (args.interval or 1 / args.nfe) < 0.01 else "fixed")
+    if args.interval is not None and not (flow and 0 < args.interval < 1 and args.only_step is None):
+        raise UserError(f"--interval {args.interval}: between 0 and 1, for models that predict velocity, and not with --only-step")
+    if args.teacher == "ema" and not flow:
+        raise UserError("--teacher ema is for models that predict velocity")
+    if not 0 <= args.text_cfg[0] <= args.text_cfg[1] < math.inf:
+        raise UserError(f"--text-cfg {args.text_cfg[0]:g} {args.text_cfg[1]:g}: two scales of guidance in their order")
 
 
 def parser():
@@ -218,7 +219,7 @@ def parser():
     train.self_arguments(p)
     p.add_argument("--lam", type=float, help="weight of the cleaner step in Eq. 5; default: Table 10, velocity 1 (Eq. 17)")
     p.add_argument("--interval", type=float, metavar="S-T", help="velocity: distance of s and t, off the grid (default: the grid's, at least 0.005)")
-    p.add_argument("--teacher", choices=["fixed", "ema"], help="ema: a moving average of the student (default off the grid)")
+    p.add_argument("--teacher", choices=["fixed", "ema"], help="ema: a moving average of the student (default for s - t below 0.01)")
     p.add_argument("--text-cfg", type=float, nargs=2, default=[5.0, 15.0], metavar="SCALE", help="with prompts: range of the guidance that makes x_t")
     runtime.common_arguments(p, "runs/ssd")
     return p

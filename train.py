@@ -27,7 +27,7 @@ import fid
 import models
 import runtime
 from runtime import EMA, Guard, Log, Processes, StepRandom, Stop, UserError, say
-from solvers import add_noise, column, from_x0_eps, make_schedule, to_x0_eps
+from solvers import add_noise, column, from_x0_eps, make_schedule, schedule_grid, to_x0_eps
 
 # ---- Method -------------------------------------------------------------------------------------------
 
@@ -115,6 +115,7 @@ def main(args):
         ema.load(state["ema"])
         del state
 
+    info["null"], null = dataset.null if dataset.text else None, dataset.null.to(proc.device) if dataset.text else info["classes"]  # what guidance starts from
     denoise, guard, stop = proc.mixed(student), Guard(proc), Stop(proc)
     log = Log(args, proc, start, args.steps, "train")
     stream = data.batches(dataset, proc, args.seed, args.batch_size, start)
@@ -122,7 +123,6 @@ def main(args):
         x0, y = next(stream)
         rng = StepRandom(proc, args.seed, step, args.batch_size)
         t = rng.uniform() if schedule.continuous else rng.integers(0, schedule.T)
-        null = info["classes"] if info["null"] is None else info["null"]  # of classifier-free guidance: a label, or the empty prompt
         y = torch.where((rng.uniform() < 0.1).view(-1, *[1] * (y.ndim - 1)), null, y)
         loss, _ = diffusion_loss(denoise, schedule, x0, y, t, rng.normal(x0.shape[1:]), info["prediction"])
         loss.backward()
@@ -198,6 +198,8 @@ def is_digits(info):
 def fill(args, info, preset):
     """What a method script was not told takes the preset's value; checks what all of them have in common. Raises UserError."""
     args.cfg = info["cfg"] if args.cfg is None else args.cfg
+    if not math.isfinite(args.cfg):
+        raise UserError(f"--cfg {args.cfg}: must be a number")
     for key, value in preset.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -219,7 +221,7 @@ def training_data(args, denoise, info, proc):
     source = args.data
     if source.startswith("synthetic:"):
         say(proc, f"training data: {args.pool:,} samples of the base model itself, {source[10:]} steps, guidance {args.cfg:g}")
-        source = data.synthetic(denoise, {**info, "grid": None}, proc, runtime.CACHE, args.pool, args.seed, int(source[10:]), args.cfg)
+        source = data.synthetic(denoise, info, proc, runtime.CACHE, args.pool, args.seed, int(source[10:]), args.cfg)
     dataset = data.load(source, info["arch"]["input_size"], args.classes)
     data.check_fits(dataset, info)
     return dataset, source
@@ -250,7 +252,8 @@ def report(args, proc):
     """Print the table of a finished run."""
     metrics = json.loads((Path(args.out) / "metrics.json").read_text())
     say(proc, fid.summary(metrics) if metrics["samples"] else "quality is not measured here (--eval-samples 0)")
-    say(proc, f"{args.out}/last.pt is ready: python sample.py --ckpt {args.out}/last.pt --num-samples 100 --out samples.npz")
+    elsewhere = f" --elsewhere {args.ckpt}" if getattr(args, "only_step", None) else ""
+    say(proc, f"{args.out}/last.pt is ready: python sample.py --ckpt {args.out}/last.pt{elsewhere} --num-samples 100 --out samples.npz")
 
 
 # ---- What ssd.py and issd.py share ---------------------------------------------------------------------
@@ -270,7 +273,28 @@ def size_of(info):
 
 def self_preset(info):
     lr, batch, epochs = PAPER_SELF[size_of(info)]
-    return dict(lr=lr, batch_size=batch, steps=round(epochs * IMAGENET / batch), data="synthetic:10", eval_samples=0, log_every=100, save_every=1000)
+    return dict(lr=lr, batch_size=batch, steps=round(epochs * IMAGENET / batch), data=f"synthetic:{info['nfe'] or 10}", eval_samples=0, log_every=100, save_every=1000)
+
+
+def self_grid(args, info, schedule):
+    """The nodes of --nfe steps, and how many pairs of neighbours they have: a progressively distilled model keeps its own; the clean end (-1) is no time."""
+    own = args.grid is None and info["grid"] and info["nfe"] == args.nfe
+    grid = info["grid"] if own else schedule_grid(schedule, args.grid, args.nfe)
+    return grid, args.nfe - (grid[-1] == -1)
+
+
+def self_checks(args, info, pairs):
+    """What neither script can do. Raises UserError."""
+    if info["arch"].get("guidance"):
+        raise UserError("this model takes the scale of guidance as an input, which SSD and iSSD do not know; give --ckpt one that does not")
+    if info["only_node"] is not None:
+        raise UserError("this is a student of one step (--only-step), of use only beside its base model; give --ckpt a whole one")
+    if not 0 <= args.lam <= 1 or not 0 <= args.drop <= 1:
+        raise UserError(f"--lam {args.lam}, --drop {args.drop}: must lie between 0 and 1")
+    if args.only_step is not None and not 1 <= args.only_step <= pairs:
+        raise UserError(f"--only-step {args.only_step}: must lie between 1 and {pairs}")
+    if args.guided != "no" and (args.cfg == 1 or not info["classes"] or info["cfg_interval"]):
+        raise UserError(f"--guided {args.guided} wants a model with classes, guided at every step, and --cfg other than 1")
 
 
 def self_entries(args, proc, before, after, info, source):
@@ -282,13 +306,14 @@ def self_entries(args, proc, before, after, info, source):
             "continued training": (control, whole, args.nfe, args.cfg), "after": (after, {**info, "elsewhere": before}, args.nfe, args.cfg)}
 
 
-def self_plan(name, args, info, proc, grid, units, what):
-    """What --dry-run prints: the run in numbers, from the presets and the shape of the network. units: forwards of an iteration."""
+def self_plan(name, args, info, proc, grid, units, what, copies=1):
+    """What --dry-run prints: the run in numbers, from the presets and the shape of the network. units: forwards of an iteration, a backward
+    counting as two; copies: of the weights in a checkpoint."""
     arch, GiB = info["arch"], 2 ** 30
     params, flops = models.count(arch)
     rows = args.batch_size // proc.world
     half = proc.bf16 or info["scale"] is not None  # the plan of a latent model speaks of a GPU, also when it is made without one
-    fixed = params * (16 + (2 if half else 4))
+    fixed = params * (12 + 4 * copies + (2 if half else 4))
     lines = [f"{name} of {info['name']}, {params / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOP a forward and sample",
              f"sampling     {args.nfe} steps at t = {', '.join(f'{t:.4g}' for t in grid[:3])}, ..., {grid[-2]:.4g}; guidance {args.cfg:g}",
              f"training     {what}, lr {args.lr:g}, batch {args.batch_size} ({proc.world} x {rows}), {args.steps:,} steps" + (f", node {args.only_step} only" if args.only_step else ""),
@@ -304,7 +329,7 @@ def self_plan(name, args, info, proc, grid, units, what):
         memory = f"memory       about {(fixed + moving) / GiB:.3g} GiB a process: weights, gradients, Adam, teacher {fixed / GiB:.3g}; activations, stored features {moving / GiB:.3g}"
     lines += [f"cost         {units} forward units a step: {units * args.batch_size * flops:.3g} FLOP a step, {args.steps * units * args.batch_size * flops:.3g} FLOP in all",
               memory,
-              f"checkpoint   {args.out}/last.pt, {params * 12 / GiB:.2g} GiB, every {args.save_every} steps",
+              f"checkpoint   {args.out}/last.pt, {params * (8 + 4 * copies) / GiB:.2g} GiB, every {args.save_every} steps",
               f"quality      {f'{args.eval_samples:,} samples a row, before, after and two controls' if args.eval_samples else 'not measured'}"]
     return "\n".join(lines)
 
@@ -316,7 +341,7 @@ def self_arguments(p):
     p.add_argument("--data", help="digits, mnist, cifar10, ..., a folder of images or cached latents, or synthetic:STEPS")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
     p.add_argument("--nfe", type=int, help="sampling steps, in training and afterwards (default 10)")
-    p.add_argument("--grid", choices=["dit", "ddim", "ldm", "uniform", "sit"], help="where those steps lie (default: the base model's own, or dit)")
+    p.add_argument("--grid", choices=["dit", "ddim", "ldm", "uniform", "sit"], help="where those steps lie (default: the base model's own; else sit for velocity, ldm for latent diffusion's schedules, dit)")
     p.add_argument("--only-step", type=int, metavar="N", help="train the step from node N to node N + 1 only (Fig. 4b); elsewhere the base model samples")
     p.add_argument("--guided", choices=["no", "step", "all"], default="no", help="guidance in training: in none of the forwards, in the solver's step, in all")
     p.add_argument("--drop", type=float, default=0.1, metavar="P", help="probability of the null label in place of a sample's own")

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, checkpoint, losses, script, torchrun, weights
+from conftest import ROOT, checkpoint, losses, inside, torchrun, weights
 from test_runs import same, start_and_signal
 
 import checkpoints
@@ -198,7 +198,7 @@ def words(base, out, *more):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, base):
     out = tmp_path_factory.mktemp("whole")
-    script(*words(base, out))
+    inside(*words(base, out))
     return out
 
 
@@ -208,7 +208,7 @@ def test_resume_in_the_middle_of_a_stage(tmp_path, base, whole, step):
     start_and_signal(words(base, tmp_path), tmp_path, step, signal.SIGKILL)
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert len(state["buffer"]["i"]) > 0 and state["nfe"] == (4 if step == 8 else 2)
-    script(*words(base, tmp_path))
+    inside(*words(base, tmp_path))
     a, b = (torch.load(f / "last.pt", weights_only=True) for f in (tmp_path, whole))
     assert same(a["model"], b["model"]) and same(a["buffer"], b["buffer"]) and losses(tmp_path) == losses(whole) and min(losses(whole)) > 0
 
@@ -230,18 +230,18 @@ def test_checkpoints_say_what_they_are(tmp_path, base, whole):
     assert four["grid"] == halve_grid(make_grid("uniform", 8)) and two["grid"] == halve_grid(four["grid"]) == [999, 499, -1]
     assert (two["nfe"], two["prediction"], two["method"], two["threshold"], two["solver"]) == (2, "v", "ddil", "clamp", "ddim")
     assert not same(weights(whole), torch.load(whole / "nfe4.pt", weights_only=True)["model"])
-    script("sample.py", "--ckpt", whole / "nfe4.pt", "--num-samples", 3, "--out", tmp_path / "x.npz")
-    done = script("issd.py", "--ckpt", whole / "nfe4.pt", "--steps", 2, "--batch-size", 4, "--eval-samples", 0, "--out", tmp_path / "issd", "--data", "digits")
-    assert "is ready" in done.stdout and checkpoints.load_model(tmp_path / "issd" / "last.pt")[1]["grid"] == four["grid"]
+    inside("sample.py", "--ckpt", whole / "nfe4.pt", "--num-samples", 3, "--out", tmp_path / "x.npz")
+    done = inside("issd.py", "--ckpt", whole / "nfe4.pt", "--steps", 2, "--batch-size", 4, "--eval-samples", 0, "--out", tmp_path / "issd", "--data", "digits")
+    assert "is ready" in done and checkpoints.load_model(tmp_path / "issd" / "last.pt")[1]["grid"] == four["grid"]
 
 
 @pytest.mark.parametrize("objective, more", [("lcm", ()), ("dmd2", ()), ("pd", ("--stages", "w:6", "4:6"))])
 def test_the_other_objectives_resume_and_sample(tmp_path, base, objective, more):
     command = lambda out: ["ddil.py", "--ckpt", base, "--objective", objective, *(more or ("--steps", 12, "--nfe", 2)), "--batch-size", 8, "--lr", 1e-3, "--reuse", 0.5, 0.5,
                            "--eval-samples", 0, "--log-every", 1, "--save-every", 4, "--out", out]
-    script(*command(tmp_path / "a"))
+    inside(*command(tmp_path / "a"))
     start_and_signal(command(tmp_path / "b"), tmp_path / "b", 9, signal.SIGKILL)
-    script(*command(tmp_path / "b"))
+    inside(*command(tmp_path / "b"))
     a, b = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in "ab")
     assert same(a["model"], b["model"]) and losses(tmp_path / "a") == losses(tmp_path / "b") and min(losses(tmp_path / "a")) > 0
     start = torch.load(base, weights_only=True)["model"]
@@ -256,6 +256,6 @@ def test_the_other_objectives_resume_and_sample(tmp_path, base, objective, more)
 
 def test_without_dagger_it_is_progressive_distillation(tmp_path, base, whole):
     """No rollout, no state from D; the file's method says pd."""
-    script(*words(base, tmp_path, "--dagger", 0, 0))
+    inside(*words(base, tmp_path, "--dagger", 0, 0))
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert state["method"] == "pd" and not state["buffer"] and losses(tmp_path) != losses(whole)

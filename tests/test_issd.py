@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, script, weights
+from conftest import ROOT, inside, weights
 
 import checkpoints
 import issd
@@ -166,8 +166,8 @@ def test_presets_are_table_9():
 
 def test_a_student_samples_without_fusion_and_as_it_was_trained(tmp_path, ckpt):
     """sample.py needs no flags: grid, nfe and guidance are in the file; its samples are plain DDIM of the plain network."""
-    script("issd.py", "--ckpt", ckpt, "--nfe", 7, "--steps", 3, "--batch-size", 8, "--eval-samples", 0, "--lr", 1e-2, "--cfg", 2, "--out", tmp_path / "run")
-    script("sample.py", "--ckpt", tmp_path / "run" / "last.pt", "--num", 5, "--out", tmp_path / "x.npz")
+    inside("issd.py", "--ckpt", ckpt, "--nfe", 7, "--steps", 3, "--batch-size", 8, "--eval-samples", 0, "--lr", 1e-2, "--cfg", 2, "--out", tmp_path / "run")
+    inside("sample.py", "--ckpt", tmp_path / "run" / "last.pt", "--num-samples", 5, "--out", tmp_path / "x.npz")
     import numpy as np
     import data
     from runtime import generator

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import checkpoint, losses, torchrun, weights
+from conftest import checkpoint, inside, losses, torchrun, weights
 from test_issd import batch
 
 import checkpoints
@@ -65,6 +65,9 @@ def test_equation_5_is_about_eps_whatever_the_network_predicts(prediction):
     b, net, other = batch(), Scale(0.5), Scale(0.6)
     as_eps = lambda n: lambda x, t, y: to_x0_eps(b["schedule"], x, n.prediction(x, t, y), t, prediction)[1]
     torch.testing.assert_close(ssd.ssd_loss(other, net, lam=0.3, prediction=prediction, **b)[0], ssd.ssd_loss(as_eps(other), as_eps(net), lam=0.3, **b)[0])
+    net.d, other.d, cfg, null = 0.1, 0.2, torch.full((4,), 7.5), torch.tensor([10])
+    torch.testing.assert_close(ssd.ssd_text_loss(other, net, lam=0.3, null=null, cfg=cfg, prediction=prediction, **b)[0],
+                               ssd.ssd_text_loss(as_eps(other), as_eps(net), lam=0.3, null=null, cfg=cfg, **b)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_equation_17_on_one_point():
@@ -96,9 +99,9 @@ def test_student_learns_what_dpm_solver_2_knows():
 @pytest.mark.parametrize("kind", ["labels", "prompts"])
 def test_both_predictions_of_guidance_are_matched(kind):
     b, lam, teacher, student = batch(), 0.3, Scale(0.5, d=0.1), Scale(0.6, d=0.2)
-    y, null = (b.pop("y"), 10) if kind == "labels" else (torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 3, 5))
+    y, null = (b.pop("y"), torch.tensor([10])) if kind == "labels" else (torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 3, 5))
     b.pop("y", None)
-    nothing, cfg = torch.as_tensor(null).expand_as(y), torch.tensor([5.0, 7.5, 10.0, 15.0])
+    nothing, cfg = null.expand_as(y), torch.tensor([5.0, 7.5, 10.0, 15.0])
     x_s = add_noise(b["schedule"], b["x0"], b["noise"], b["s"])
     cond, uncond = teacher.prediction(x_s, b["s"], y), teacher.prediction(x_s, b["s"], nothing)
     x_t = ddim_step(b["schedule"], x_s, uncond + cfg.view(-1, 1, 1, 1) * (cond - uncond), b["s"], b["t"])
@@ -125,13 +128,13 @@ def test_presets_are_the_papers():
     assert (a.lam, a.lr, a.cfg, a.interval, a.teacher) == (1.0, 5e-6, 1.8, None, "fixed")
     a = chosen("--model", "SiT-XL/2-REPA", "--nfe", "250")
     assert (a.lam, a.interval, a.teacher) == (1.0, 0.005, "ema")
+    assert chosen("--model", "SiT-XL/2-REPA", "--nfe", "10", "--interval", "0.1").teacher == "fixed" and chosen("--model", "SiT-XL/2-REPA", "--nfe", "200").teacher == "ema"
     a = chosen("--model", "SD-v1.5", "--data", "somewhere")
     assert (a.lam, a.lr, a.batch_size, a.steps, a.cfg, a.text_cfg) == (0.30, 1e-6, 96, 4000, 7.5, [5.0, 15.0])
 
 
 def run(*words):
-    args = ssd.parser().parse_args([str(w) for w in words])
-    ssd.main(args)
+    inside("ssd.py", *words)
 
 
 COMMON = ("--batch-size", 8, "--lr", 1e-3, "--eval-samples", 0, "--save-every", 3, "--log-every", 1)
@@ -196,14 +199,33 @@ def test_a_distilled_model_keeps_its_grid_and_two_processes_agree(tmp_path, tiny
     assert any(not torch.equal(v, tiny.state_dict()[k]) for k, v in a.items())
 
 
-def test_it_trains_on_its_own_samples_and_tells_the_plan(tmp_path, ckpt, monkeypatch, capsys):
+def test_what_it_refuses(tmp_path, ckpt, flow, tiny):
+    from runtime import UserError
+    torch.save(checkpoint(tiny, only_node=999), tmp_path / "one-node.pt")
+    torch.save(checkpoint(models.with_guidance(tiny)), tmp_path / "w.pt")
+    out = ("--eval-samples", 0, "--dry-run", "--out", tmp_path / "x")
+    for words, message in ((("--ckpt", ckpt, "--only-step", 0), "--only-step 0"), (("--ckpt", ckpt, "--only-step", 10), "between 1 and 9"), (("--ckpt", ckpt, "--interval", 0.1), "--interval"),
+                           (("--ckpt", ckpt, "--guided", "all"), "--cfg other than 1"), (("--ckpt", ckpt, "--drop", 1.5), "--drop 1.5"), (("--ckpt", ckpt, "--teacher", "ema"), "velocity"),
+                           (("--ckpt", flow, "--only-step", 2, "--interval", 0.1), "--interval"), (("--ckpt", tmp_path / "one-node.pt"), "student of one step"),
+                           (("--ckpt", tmp_path / "w.pt"), "scale of guidance as an input"), (("--ckpt", ckpt, "--text-cfg", 15, 5), "--text-cfg"), (("--ckpt", ckpt, "--cfg", "nan"), "--cfg nan")):
+        with pytest.raises(UserError, match=message):
+            run(*words, *out)
+    run("--ckpt", flow, "--nfe", 250, "--only-step", 250, *out)  # t = 0 is a time of this model
+
+
+def test_it_trains_on_its_own_samples_and_tells_the_plan(tmp_path, ckpt, tiny, monkeypatch):
     import runtime
     monkeypatch.setattr(runtime, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(train.runtime, "CACHE", tmp_path / "cache")
-    run("--ckpt", ckpt, "--nfe", 4, "--data", "synthetic:3", "--steps", 2, *COMMON, "--out", tmp_path / "x")
-    assert len(losses(tmp_path / "x")) == 2 and "16 samples of the base model itself, 3 steps" in capsys.readouterr().out
-    run("--model", "SiT-XL/2-REPA", "--nfe", 250, "--dry-run", "--out", tmp_path / "y")
-    out = capsys.readouterr().out
+    out = inside("ssd.py", "--ckpt", ckpt, "--nfe", 4, "--data", "synthetic:3", "--steps", 2, *COMMON, "--out", tmp_path / "x")
+    assert len(losses(tmp_path / "x")) == 2 and "16 samples of the base model itself, 3 steps" in out
+    import data
+    asked, chunks = [], data.sample_chunks
+    monkeypatch.setattr(data, "sample_chunks", lambda net, info, *a, **kw: asked.append(info["grid"]) or chunks(net, info, *a, **kw))
+    torch.save(checkpoint(tiny, grid=[999, 733, 466, 200, -1], nfe=4, method="pd"), tmp_path / "pd.pt")
+    run("--ckpt", tmp_path / "pd.pt", "--data", "synthetic:4", "--only-step", 2, "--steps", 1, *COMMON, "--out", tmp_path / "z")  # of its own steps, by the base alone
+    assert asked == [[999, 733, 466, 200, -1]]
+    out = inside("ssd.py", "--model", "SiT-XL/2-REPA", "--nfe", 250, "--dry-run", "--out", tmp_path / "y")
     assert "t = s - 0.005, ema teacher" in out and "675" in out and not (tmp_path / "y").exists()
 
 
@@ -237,8 +259,8 @@ def test_a_text_model_trains_on_one_and_two_processes_and_is_sampled(tmp_path):
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "one")), torch.tensor(losses(tmp_path / "two")), rtol=1e-4, atol=1e-7)
     assert total(a, base) > 0.1
     info = checkpoints.describe(tmp_path / "one" / "last.pt")
+    assert info["grid"] == [751, 501, 251, 1, 0]  # latent diffusion's own, whose end is a time that the network knows
     torch.testing.assert_close(info["null"], torch.from_numpy(np.load(cache / "null.npy")).float())
-    import sample as sampler
-    sampler.main(sampler.parser().parse_args(["--ckpt", str(tmp_path / "one" / "last.pt"), "--prompts", str(cache), "--num-samples", "3", "--out", str(tmp_path / "x.npz")]))
+    inside("sample.py", "--ckpt", tmp_path / "one" / "last.pt", "--prompts", cache, "--num-samples", 3, "--out", tmp_path / "x.npz")
     with np.load(tmp_path / "x.npz") as f:
         assert f["arr_0"].shape == (3, 4, 8, 8) and np.isfinite(f["arr_0"]).all() and f["arr_1"].tolist() == [0, 1, 2]
