@@ -343,7 +343,7 @@ def self_arguments(p):
     p.add_argument("--nfe", type=int, help="sampling steps, in training and afterwards (default 10)")
     p.add_argument("--grid", choices=["dit", "ddim", "ldm", "uniform", "sit"], help="where those steps lie (default: the base model's own; else sit for velocity, ldm for latent diffusion's schedules, dit)")
     p.add_argument("--only-step", type=int, metavar="N", help="train the step from node N to node N + 1 only (Fig. 4b); elsewhere the base model samples")
-    p.add_argument("--guided", choices=["no", "step", "all"], default="no", help="guidance in training: in none of the forwards, in the solver's step, in all")
+    p.add_argument("--guided", choices=["no", "step", "all"], default="no", help="guidance in training, of scale --cfg: in no forward, in the solver's step, in all (twice the cost)")
     p.add_argument("--drop", type=float, default=0.1, metavar="P", help="probability of the null label in place of a sample's own")
     p.add_argument("--steps", type=int, help="default: the paper's epochs of ImageNet at its own batch size")
     p.add_argument("--batch-size", type=int, help="of all processes together")
