@@ -197,13 +197,12 @@ def is_digits(info):
 
 def fill(args, info, preset):
     """What a method script was not told takes the preset's value; checks what all of them have in common. Raises UserError."""
-    args.cfg = info["cfg"] if args.cfg is None else args.cfg
-    if not math.isfinite(args.cfg):
-        raise UserError(f"--cfg {args.cfg}: must be a number")
-    for key, value in preset.items():
+    for key, value in {"cfg": info["cfg"], **preset}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every")
+    if not math.isfinite(args.cfg):
+        raise UserError(f"--cfg {args.cfg}: must be a number")
     if args.eval_samples and (not is_digits(info) or args.eval_samples < 2):
         raise UserError(f"--eval-samples {args.eval_samples}: at least 2, and only for the digits; else 0, and fid.py measures what sample.py makes")
     check_pool(args)

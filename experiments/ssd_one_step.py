@@ -15,7 +15,7 @@ def main():
     more = lambda T: (10, 1.0, T + 100, None, {"elsewhere": path(base[T])})
     curves = {"iSSD": {}, "SSD": {}}
     for n in range(1, 10):
-        for name, kind, lam in (("iSSD", "issd", 0.1), ("SSD", "ssd", 0.2)):
+        for name, kind, lam in (("iSSD", "issd", 0.1), ("SSD", "ssd", 0.1)):
             curves[name][n + (kind == "issd")] = [[(f"{kind} --ckpt {path(base[T])} --nfe 10 --lam {lam} --lr 5e-5 --steps 50 --batch-size 64 --seed 0 --data digits --only-step {n}", more(T))]
                                                   for T in HELD_OUT]
     plain = [[(base[T], (10, 1.0, T + 100))] for T in HELD_OUT]

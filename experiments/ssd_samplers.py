@@ -26,6 +26,6 @@ def main(args):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ssd", type=float, nargs=3, default=[0.2, 5e-5, 50], metavar=("LAM", "LR", "STEPS"))
-    p.add_argument("--issd", type=float, nargs=3, default=[0.1, 5e-5, 50], metavar=("LAM", "LR", "STEPS"))
+    p.add_argument("--ssd", type=float, nargs=3, default=[0.1, 5e-5, 50], metavar=("LAM", "LR", "STEPS"))
+    p.add_argument("--issd", type=float, nargs=3, default=[0.15, 5e-5, 50], metavar=("LAM", "LR", "STEPS"))
     main(p.parse_args())

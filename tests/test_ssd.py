@@ -171,7 +171,7 @@ def test_a_teacher_that_moves_resumes_exactly(tmp_path, flow):
 
 
 def test_one_node_and_the_base_model_elsewhere(tmp_path, ckpt, tiny):
-    run("--ckpt", ckpt, "--nfe", 5, "--only-step", 2, "--steps", 3, "--lam", 0.5, *COMMON, "--out", tmp_path)
+    run("--ckpt", ckpt, "--cfg", 1, "--nfe", 5, "--only-step", 2, "--steps", 3, "--lam", 0.5, *COMMON, "--out", tmp_path)
     net, info = checkpoints.load_model(tmp_path / "last.pt")
     grid = make_grid("dit", 5)
     assert info["only_node"] == grid[1]
@@ -205,7 +205,7 @@ def test_what_it_refuses(tmp_path, ckpt, flow, tiny):
     torch.save(checkpoint(models.with_guidance(tiny)), tmp_path / "w.pt")
     out = ("--eval-samples", 0, "--dry-run", "--out", tmp_path / "x")
     for words, message in ((("--ckpt", ckpt, "--only-step", 0), "--only-step 0"), (("--ckpt", ckpt, "--only-step", 10), "between 1 and 9"), (("--ckpt", ckpt, "--interval", 0.1), "--interval"),
-                           (("--ckpt", ckpt, "--guided", "all"), "--cfg other than 1"), (("--ckpt", ckpt, "--drop", 1.5), "--drop 1.5"), (("--ckpt", ckpt, "--teacher", "ema"), "velocity"),
+                           (("--ckpt", ckpt, "--guided", "all", "--cfg", 1), "--cfg other than 1"), (("--ckpt", ckpt, "--drop", 1.5), "--drop 1.5"), (("--ckpt", ckpt, "--teacher", "ema"), "velocity"),
                            (("--ckpt", flow, "--only-step", 2, "--interval", 0.1), "--interval"), (("--ckpt", tmp_path / "one-node.pt"), "student of one step"),
                            (("--ckpt", tmp_path / "w.pt"), "scale of guidance as an input"), (("--ckpt", ckpt, "--text-cfg", 15, 5), "--text-cfg"), (("--ckpt", ckpt, "--cfg", "nan"), "--cfg nan")):
         with pytest.raises(UserError, match=message):
