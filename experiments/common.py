@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -80,8 +81,8 @@ def run(jobs, processes=2):
         if missing or not rows:
             todo.append((command, file, missing))
     todo.sort(key=lambda j: -sum(r[0] for r in j[2]))
-    with get_context("spawn").Pool(processes, maxtasksperchild=20) as pool:
-        for i, (job, results) in enumerate(zip(todo, pool.imap(one, todo))):
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:  # not a Pool, whose processes may have no children, as data loaders are
+        for i, (job, results) in enumerate(zip(todo, pool.map(one, todo))):
             with open(kept, "a") as f:
                 for row, metrics in zip(job[2], results):
                     done[key(job[0], job[1], row)] = metrics
