@@ -3,7 +3,7 @@
     python experiments/ssd_pd.py                     half an hour on two CPU cores
 
 PD 64 -> 32, 20 -> 10 -> 5 and 16 -> 8 -> 4 of eps teachers (plain PD: no DDIL, no thresholding, 100 updates a halving), then iSSD, SSD and continued training on each, no guidance.
-lam is chosen for each number of steps on teachers 0 and 1, reported on teachers 10, 11, 12 with three seeds.
+lam is chosen for each number of steps on teachers 0 and 1, reported on teachers 10, 11, 12 with three seeds; iSSD with lam 0.05 too.
 """
 from common import choose, continued, draw, path, run, table, teacher, values
 
@@ -39,6 +39,7 @@ def main():
                        "PD, continued training": of(nfe, lambda T, s: continued(at(T, nfe), s, *HOW))}
         for kind, name in (("ssd", "SSD"), ("issd", "iSSD")):
             tables[nfe][f"PD + {name}, lam {best[nfe, kind]}"] = of(nfe, lambda T, s, kind=kind: student(kind, T, nfe, s, best[nfe, kind]))
+        tables[nfe]["PD + iSSD, lam 0.05"] = of(nfe, lambda T, s: student("issd", T, nfe, s, 0.05))
     get = run([(c[0], [c[1]], *c[2:]) for rows in tables.values() for cells in rows.values() for cell in cells for c in cell])
     for nfe, rows in tables.items():
         print(f"\n{nfe} steps, distilled by halving: {CHAINS[nfe]}")
