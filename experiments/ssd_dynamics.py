@@ -9,7 +9,7 @@ import argparse
 
 from common import draw, path, run, teacher, values
 
-HELD_OUT, STEPS = [10, 11, 12], [5, 10, 25, 50, 100, 200]
+HELD_OUT, STEPS = [10, 11, 12], [10, 25, 50, 100, 200]
 
 
 def main(args):

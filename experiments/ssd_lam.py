@@ -6,7 +6,7 @@ Ten steps, no guidance, teachers 10, 11, 12, one seed, 50 updates at a learning 
 """
 from common import draw, path, run, table, teacher, values
 
-HELD_OUT, LAMS = [10, 11, 12], [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7]
+HELD_OUT, LAMS = [10, 11, 12], [0.05, 0.1, 0.2, 0.3, 0.5]
 
 
 def main():
