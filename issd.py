@@ -11,8 +11,8 @@ Algorithm 2 for an N-step solver Psi with nodes eta_1 > ... > eta_N; theta-: fro
         L = | eps_theta-(x_t, t) - x~_t^(L+1) |^2                                      Eq. 7, w_t = 1
     until converged;  sample as ever: N steps, nothing stored, nothing fused.
 
-Differences from the paper. Algorithm 2 draws n up to N, where no t is left: n stops at N-1. It takes the stored features
-from the student in line 8, Eq. 6 from the frozen teacher: --reading. Fused are the outputs of all blocks and the network's own;
+Differences from the paper. Algorithm 2 draws n up to N, where no t is left: n stops at N-1 (save where the grid ends
+at t = 0: velocity, latent diffusion). It takes the stored features from the student in line 8, Eq. 6 from the frozen teacher: --reading. Fused are the outputs of all blocks and the network's own;
 the loss is a mean, on the prediction's channels only; the label is dropped for 1 sample in 10, in all forwards of a step alike (on the
 digits it makes no difference). AdamW, constant learning rate, no weight decay, no EMA. Guidance: the paper samples with 1.5 and does not say
 whether it trains so; its 40 minutes fit 5 forward units a step, that is, no. On digits that guidance helps, iSSD trained without it
