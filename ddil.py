@@ -362,7 +362,7 @@ def fill_defaults(args, info):
             N = int(match[1])
             if nodes and len(nodes) - 1 != N:
                 raise UserError(f"--stages {' '.join(args.stages)}: a stage from {N} steps cannot follow one that ends at {len(nodes) - 1}")
-            grid = nodes or (info["grid"] if info["nfe"] == N and info["grid"] else schedule_grid(schedule, args.grid, N))
+            grid = nodes or (info["grid"] if info["nfe"] == N and isinstance(info["grid"], list) else schedule_grid(schedule, args.grid, N))
             nodes = halve_grid(grid)
             stages.append(dict(kind="pd", steps=steps, grid=grid, nodes=nodes, starts=nodes, file=f"nfe{len(nodes) - 1}.pt"))
         if nodes is None:

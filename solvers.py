@@ -244,7 +244,7 @@ def ddim_invert(schedule, x_t, x_u, t, u):
 
 
 def guide(net, cfg, channels=None, null=None):
-    """Classifier-free guidance, both halves in one forward: out_null + cfg (out_y - out_null); cfg = 1 is no guidance.
+    """Classifier-free guidance, both halves in one forward: out_null + cfg (out_y - out_null); cfg = 1 is no guidance, (B,) a scale for each sample.
 
     channels: how many are guided, the others stay conditional; default: the network's own `cfg_channels`, else all. It is 3 for DiT, also on its
     4-channel latents (its authors call that unintended, but its published numbers have it). null: the condition of "nothing",
@@ -252,16 +252,17 @@ def guide(net, cfg, channels=None, null=None):
     """
     inner = getattr(net, "net", net)
     if getattr(inner, "guidance", False):  # it takes the scale as an input
-        return lambda x, t, y, **kw: net(x, t, y, torch.full_like(t, cfg, dtype=torch.float32), **kw)
-    if cfg == 1 or (null is None and not net.num_classes):  # nothing to guide with
+        return lambda x, t, y, **kw: net(x, t, y, torch.zeros_like(t, dtype=torch.float32) + cfg, **kw)
+    each = isinstance(cfg, torch.Tensor)
+    if not each and cfg == 1 or (null is None and not net.num_classes):  # nothing to guide with
         return net
     channels = channels or getattr(inner, "cfg_channels", None)
 
     def guided(x, t, y, **kw):
         nothing = torch.full_like(y, net.num_classes) if null is None else null.to(y).expand_as(y)
         cond, uncond = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nothing]), **kw).chunk(2)
-        c = channels or cond.shape[1]
-        return torch.cat([uncond[:, :c] + cfg * (cond[:, :c] - uncond[:, :c]), cond[:, c:]], dim=1)
+        c, scale = channels or cond.shape[1], column(cfg, x) if each else cfg
+        return torch.cat([uncond[:, :c] + scale * (cond[:, :c] - uncond[:, :c]), cond[:, c:]], dim=1)
 
     return guided
 
@@ -336,7 +337,7 @@ FLOW = ("ddim", "euler", "sde", "fused")  # those that know the interpolant
 
 
 def solver_grid(schedule, solver, nfe, own=None):
-    """The grid along which `solver` makes nfe evaluations of the network. own: a model's own grid, taken where its number of nodes is right.
+    """The grid along which `solver` makes nfe evaluations of the network. own: a model's own grid, taken where its number of nodes is right, or the name of its grids.
 
     ddim, euler, ddpm, dpm++  one a node; euler is ddim's name on the interpolant
     plms   two at the first node
@@ -356,9 +357,9 @@ def solver_grid(schedule, solver, nfe, own=None):
     if solver == "dpm2":
         grid = make_grid("dit", nodes, schedule.T)
         return grid if nfe % 2 else grid[:-1]
-    if own and len(own) - 1 == nodes:
+    if isinstance(own, list) and len(own) - 1 == nodes:
         return own
-    return lcm_grid(nfe, schedule.T) if solver == "lcm" else schedule_grid(schedule, None, nodes)
+    return lcm_grid(nfe, schedule.T) if solver == "lcm" else schedule_grid(schedule, own if isinstance(own, str) else None, nodes)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ import fid
 import models
 import runtime
 from runtime import EMA, Guard, Log, Processes, StepRandom, Stop, UserError, say
-from solvers import add_noise, column, from_x0_eps, make_schedule, schedule_grid, to_x0_eps
+from solvers import add_noise, column, from_x0_eps, make_schedule, schedule_grid, solver_grid, to_x0_eps
 
 # ---- Method -------------------------------------------------------------------------------------------
 
@@ -69,8 +69,8 @@ def variational_bound(schedule, x0, x_t, t, out, sigma_head, prediction):
 # ---- Training -----------------------------------------------------------------------------------------
 
 
-def main(args):
-    """Returns the path of the finished checkpoint."""
+def main(args, objective=diffusion_loss, method="train"):
+    """Returns the path of the finished checkpoint. objective: another loss with the arguments of diffusion_loss (dsd.py --from-scratch)."""
     proc = Processes(args.amp)
     fill_defaults(args)
     proc.check_batch(args.batch_size)
@@ -81,18 +81,18 @@ def main(args):
         info = checkpoints.describe(args.ckpt, args.model, args.image_size)
     else:
         latent, flow = dataset.scale is not None, args.schedule == "interpolant" or args.model.startswith("SiT")
-        arch = models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes, learn_sigma=latent and not flow)
+        arch = models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes, learn_sigma=latent and not flow and objective is diffusion_loss)
         info = dict(checkpoints.DIT_DEFAULTS, **(checkpoints.SIT if flow else {}), **checkpoints.UNET_DEFAULTS.get(args.model, {}))
         info.update(name=args.model, arch=arch, classes=arch["num_classes"], scale=dataset.scale, cfg=1.5 if latent else 1.0)
-    info.update(method="train", prediction=args.prediction or info["prediction"], schedule=args.schedule or info["schedule"])
+    info.update(method=method, prediction=args.prediction or info["prediction"], schedule=args.schedule or info["schedule"])
     data.check_fits(dataset, info)
     schedule = make_schedule(info["schedule"]).to(proc.device)
     if schedule.continuous != (info["prediction"] == "velocity"):
         raise UserError("--prediction velocity goes with --schedule interpolant, and only with it")
     if args.dry_run:
-        params, flops = models.count(info["arch"])
+        (params, flops), units = models.count(info["arch"]), 3 if objective is diffusion_loss else 4
         return say(proc, f"{info['prediction']} training of {info['name']}, {params / 1e6:.1f}M parameters, on {args.data}: {args.steps:,} steps of batch "
-                         f"{args.batch_size}, lr {args.lr:g}, EMA {args.ema}; 3 forward units a step, {3 * args.batch_size * flops:.3g} FLOP")
+                         f"{args.batch_size}, lr {args.lr:g}, EMA {args.ema}; {units} forward units a step, {units * args.batch_size * flops:.3g} FLOP")
     if args.ckpt:
         net, _ = checkpoints.load_model(args.ckpt, args.model, args.image_size)
     else:
@@ -117,14 +117,14 @@ def main(args):
 
     info["null"], null = dataset.null if dataset.text else None, dataset.null.to(proc.device) if dataset.text else info["classes"]  # what guidance starts from
     denoise, guard, stop = proc.mixed(student), Guard(proc), Stop(proc)
-    log = Log(args, proc, start, args.steps, "train")
+    log = Log(args, proc, start, args.steps, method)
     stream = data.batches(dataset, proc, args.seed, args.batch_size, start)
     for step in range(start, args.steps):
         x0, y = next(stream)
         rng = StepRandom(proc, args.seed, step, args.batch_size)
         t = rng.uniform() if schedule.continuous else rng.integers(0, schedule.T)
         y = torch.where((rng.uniform() < 0.1).view(-1, *[1] * (y.ndim - 1)), null, y)
-        loss, _ = diffusion_loss(denoise, schedule, x0, y, t, rng.normal(x0.shape[1:]), info["prediction"])
+        loss, _ = objective(denoise, schedule, x0, y, t, rng.normal(x0.shape[1:]), info["prediction"])
         loss.backward()
         for group in opt.param_groups:
             group["lr"] = args.lr * learning_rate(step, args)
@@ -210,7 +210,7 @@ def fill(args, info, preset):
 
 def check_pool(args):
     """How many samples --data synthetic:STEPS will make -> args.pool."""
-    if args.data.startswith("synthetic") and not (args.data[10:].isdigit() and int(args.data[10:])):
+    if args.data and args.data.startswith("synthetic") and not (args.data[10:].isdigit() and int(args.data[10:])):
         raise UserError(f"--data {args.data}: say how many steps the samples take, as in synthetic:10")
     args.pool = min(POOL, args.steps * args.batch_size)
 
@@ -233,7 +233,7 @@ def measure(args, proc, method, seconds, entries, **more):
     known = dict(features="digits-cnn", reference="all 1,797 digits") if entries else dict(features=None, reference=None)
     if proc.main:
         if entries:
-            data.save_grid([images["before"], images["after"]], Path(args.out) / "samples.png")
+            data.save_grid([images[k] for k in ("before", "plain training", "after") if k in images], Path(args.out) / "samples.png")
         metrics = {"method": method, "model": args.model, "nfe": args.nfe, "seed": args.seed, "steps": args.steps, "samples": args.eval_samples, **known, "cfg": args.cfg,
                    "before": rows.pop("before", None), "after": rows.pop("after", None), "controls": rows, **more, "seconds": round(seconds, 1)}
         runtime.write_text(Path(args.out) / "metrics.json", json.dumps(metrics, indent=2))
@@ -277,8 +277,8 @@ def self_preset(info):
 
 def self_grid(args, info, schedule):
     """The nodes of --nfe steps, and how many pairs of neighbours they have: a progressively distilled model keeps its own; the clean end (-1) is no time."""
-    own = args.grid is None and info["grid"] and info["nfe"] == args.nfe
-    grid = info["grid"] if own else schedule_grid(schedule, args.grid, args.nfe)
+    own = args.grid is None and (isinstance(info["grid"], str) or info["grid"] and info["nfe"] == args.nfe)
+    grid = solver_grid(schedule, "ddim", args.nfe, info["grid"]) if own else schedule_grid(schedule, args.grid, args.nfe)
     return grid, args.nfe - (grid[-1] == -1)
 
 

@@ -10,6 +10,7 @@ from conftest import checkpoint, torchrun
 from PIL import Image
 
 import ddil
+import dsd
 import encode
 import fid
 import issd
@@ -19,7 +20,7 @@ import sample
 import ssd
 import train
 
-MODULES = {"issd": issd, "ssd": ssd, "train": train, "sample": sample, "fid": fid, "ddil": ddil, "encode": encode}
+MODULES = {"issd": issd, "ssd": ssd, "train": train, "sample": sample, "fid": fid, "ddil": ddil, "dsd": dsd, "encode": encode}
 
 
 @pytest.fixture
@@ -52,6 +53,19 @@ def test_stages(fails, ckpt):
     assert "50 nodes" in call("--objective", "lcm", "--nfe", 60)
     assert "between 1 and" in call("--objective", "dmd2", "--nfe", 0)
     assert "must be positive" in call("--lr", 0)
+
+
+def test_depths(fails, ckpt):
+    call = lambda *words: fails("dsd", "--ckpt", ckpt, "--eval-samples", 0, *words)
+    assert "a power of 2" in call("--variant", "dsdi", "--depth", 12)
+    assert "an even number" in call("--variant", "dsdgl", "--depth", 7)
+    assert "too few for one trajectory" in call("--variant", "dsdgl", "--depth", 64, "--steps", 100)
+    assert "scales of guidance in their order" in call("--w", 3, 1)
+    assert "between 1 and" in call("--nfe", 0)
+    assert "--data is for --from-scratch" in call("--data", "digits")
+    assert "leave --ckpt out" in call("--from-scratch")
+    assert "must be positive" in call("--lr", 0)
+    assert "must lie between 0 and 1" in call("--ema", 1.5)
 
 
 def test_flags_pass_torchrun():

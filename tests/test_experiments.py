@@ -9,7 +9,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import common
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "experiments").glob("ssd_*.py")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "experiments").glob("[ds]sd_*.py")))
 def test_scripts_import_and_say_what_they_do(name):
     module = importlib.import_module(name)
     assert f"python experiments/{name}.py" in module.__doc__ and callable(module.main)
