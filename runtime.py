@@ -54,7 +54,7 @@ def common_arguments(p, out):
 
 def check_positive(args, *names):
     for name in names:
-        if not getattr(args, name) > 0:
+        if not 0 < getattr(args, name) < float("inf"):
             raise UserError(f"{flag(name)} {getattr(args, name)}: must be positive")
 
 

@@ -43,9 +43,9 @@ def main(args):
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.5), sharex=True)
     for axis, part, weight in zip(axes, "ab", (lambda r: np.ones_like(r), lambda r: r)):
         for v, (t, rate, _) in plans.items():
-            axis.hist(t, np.linspace(0, 1000, 65), weights=weight(rate) / weight(rate).sum(), histtype="step", label=v)
-        axis.set_yscale("log"), axis.set_title(part), axis.set_xlabel("timestep"), axis.invert_xaxis()
-    axes[0].set_ylabel("share"), axes[0].legend()
+            axis.hist(t, np.linspace(0, 1000, 33), weights=weight(rate) / weight(rate).sum(), histtype="step", label=v)
+        axis.set_yscale("log"), axis.set_title(part), axis.set_xlabel("timestep")
+    axes[0].set_ylabel("share"), axes[0].legend(), axes[0].invert_xaxis()
     fig.tight_layout(), fig.savefig(ROOT / "dsd_allocation.png", dpi=120)
     print(f"drawn: {ROOT / 'dsd_allocation.png'}")
 

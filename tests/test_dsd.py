@@ -6,15 +6,17 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT, checkpoint, inside, losses, script, torchrun, weights
+from conftest import ROOT, checkpoint, inside, losses, torchrun, weights
 from test_runs import same, start_and_signal
 
 import checkpoints
 import ddil
 import dsd
 import models
+import runtime
 import train
-from solvers import add_noise, ddim_invert, ddim_step, from_x0_eps, guide, make_grid, make_schedule, sample, to_x0_eps
+from runtime import Processes, StepRandom
+from solvers import add_noise, ddim_invert, ddim_step, guide, make_grid, make_schedule, sample
 
 SCHEDULE = make_schedule("linear")
 GRID = make_grid("uniform", 16)
@@ -61,9 +63,6 @@ def test_algorithm_2_as_printed(batch, prediction, k):
     alpha, sigma = SCHEDULE.at(t, z)
     by_hand = torch.maximum((x1 - x2).square().mean((1, 2, 3)), ((z - alpha * x1) / sigma - (z - alpha * x2) / sigma).square().mean((1, 2, 3)))
     assert loss.item() == pytest.approx(float(by_hand.mean()), rel=1e-8) and loss.item() > 0 and not z2.requires_grad
-    if prediction == "eps":  # a plain distance of outputs is the SNR times that of x
-        plain, _ = dsd.dsd_loss(net, SCHEDULE, z, t, mid, u, y, weight="output")
-        assert plain.item() == pytest.approx(float((alpha / sigma).square().mean() * (x1 - x2).square().mean()), rel=1e-8)
 
 
 def test_the_gradient_flows_through_the_first_step_alone(batch):
@@ -76,7 +75,7 @@ def test_the_gradient_flows_through_the_first_step_alone(batch):
     net = Toy()
     dsd.dsd_loss(net, SCHEDULE, z, t, mid, u, y)[0].backward()
     torch.testing.assert_close(net.p.grad, first.p.grad)
-    goal, _ = dsd.step_on(net, SCHEDULE, z, dsd.predict(net, SCHEDULE, z, t, y), t, mid, u, y)  # a constant that the prediction runs after
+    goal, _ = dsd.two_steps(net, SCHEDULE, z, dsd.predict(net, SCHEDULE, z, t, y), t, mid, u, y)  # a constant that the prediction runs after
     alpha, sigma = SCHEDULE.at(t, z)
     direct = ((alpha / sigma).square().clamp(min=1) * (dsd.predict(net, SCHEDULE, z, t, y) - goal).square()).mean()
     torch.testing.assert_close(torch.autograd.grad(direct, net.p)[0], net.p.grad)
@@ -105,7 +104,7 @@ def test_the_two_targets_differ_by_a_factor(batch, prediction):
         r = [float(SCHEDULE.alpha[v[0]] / SCHEDULE.sigma[v[0]]) if v[0] >= 0 else float("inf") for v in (t, mid, u)]
         rho = (r[1] - r[0]) / (r[2] - r[0])
         x1 = dsd.predict(net, SCHEDULE, z, t, y, None, prediction).detach()
-        goals = [dsd.step_on(net, SCHEDULE, z, x1, t, mid, u, y, None, prediction, target)[0] for target in ("pd", "next")]
+        goals = [dsd.two_steps(net, SCHEDULE, z, x1, t, mid, u, y, None, prediction, target)[0] for target in ("pd", "next")]
         torch.testing.assert_close(goals[0] - x1, (1 - rho) * (goals[1] - x1), rtol=1e-7, atol=1e-9)
         loss = [dsd.dsd_loss(net, SCHEDULE, z, t, mid, u, y, None, prediction, target)[0] for target in ("pd", "next")]
         gradient = [torch.autograd.grad(l, net.p)[0] for l in loss]
@@ -128,7 +127,7 @@ def test_a_model_that_knows_its_one_datum_has_nothing_to_learn(batch):
     t, mid, u = nodes(5)
     loss, z2 = dsd.dsd_loss(exact, SCHEDULE, z, t, mid, u, y, None, "x0")
     assert float(loss) > 1e-6
-    goal, _ = dsd.step_on(exact, SCHEDULE, z, exact(z, t, y), t, mid, u, y, None, "x0")
+    goal, _ = dsd.two_steps(exact, SCHEDULE, z, exact(z, t, y), t, mid, u, y, None, "x0")
     torch.testing.assert_close(ddim_step(SCHEDULE, z, goal, t, u, "x0"), z2)
     assert float(goal.norm() / exact(z, t, y).norm()) > 1  # towards the exact flow, along which these samples shrink less: one step undershoots
     flow = lambda v: (SCHEDULE.at(v, z)[0] ** 2 * c ** 2 + SCHEDULE.at(v, z)[1] ** 2).sqrt()
@@ -189,7 +188,7 @@ def test_equation_1(batch):
     z = add_noise(SCHEDULE, x0, noise, t)
     x1 = dsd.predict(net, SCHEDULE, z, t, y, None, "v").detach()
     mid, u = torch.tensor([991, 692, 392, 92, 1, 0]), torch.tensor([983, 684, 384, 84, -1, -1])  # 1000 / 128 = 8 apart, but never below 0 and clean
-    goal, _ = dsd.step_on(net, SCHEDULE, z, x1, t, mid, u, y, None, "v")
+    goal, _ = dsd.two_steps(net, SCHEDULE, z, x1, t, mid, u, y, None, "v")
     assert float(terms["own"]) == pytest.approx(float((x1 - goal).square().mean()), rel=1e-9) and float(terms["own"]) > 0
     a = torch.autograd.grad(dsd.training_loss(net, SCHEDULE, x0, y, t, noise, alpha=1, beta=0)[0], net.p)[0]
     assert torch.equal(a, torch.autograd.grad(train.diffusion_loss(net, SCHEDULE, x0, y, t, noise, "v")[0], net.p)[0])
@@ -199,9 +198,8 @@ def test_method_block_stands_alone(batch):
     text = (ROOT / "dsd.py").read_text()
     block = text.split("# ---- Method ")[1].split("\n", 1)[1].split("# ---- Training")[0]
     names = re.search(r"^from solvers import (.*)$", text, re.M)[1].replace(" ", "").split(",")
-    import math
     import solvers
-    space = {"torch": torch, "math": math, "accumulate": itertools.accumulate, "UserError": ValueError, **{n: getattr(solvers, n) for n in names}}
+    space = {"torch": torch, **{n: getattr(solvers, n) for n in names}}
     exec(block, space)
     (z, y), (t, mid, u) = batch, nodes(3)
     assert torch.equal(space["dsd_loss"](Toy(), SCHEDULE, z, t, mid, u, y)[0], dsd.dsd_loss(Toy(), SCHEDULE, z, t, mid, u, y)[0])
@@ -222,16 +220,54 @@ def whole(tmp_path_factory, ckpt):
     return out
 
 
-def test_resume_in_the_middle_of_a_trajectory(tmp_path, ckpt, whole):
-    """Saved after the third update of four: the state goes on from where it was, under the same label and guidance."""
+def stopped(monkeypatch, out, step, *command):
+    """Run until a signal is seen after this step, as it would be; returns the checkpoint."""
+    monkeypatch.setattr(runtime.Stop, "now", lambda self: out.exists() and len(losses(out)) + 1 == step)
+    with pytest.raises(SystemExit):
+        inside(*command)
+    monkeypatch.undo()
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def test_resume_in_the_middle_of_a_trajectory(tmp_path, ckpt, whole, monkeypatch):
+    """Saved within a trajectory of four updates: the state goes on from where it was, under the same labels and guidance."""
     again = words(ckpt, tmp_path, "--variant", "dsdn", "--depth", 8, "--w", 1, 3)
-    start_and_signal(again, tmp_path, 4, signal.SIGKILL)
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] % 4
+    stopped(monkeypatch, tmp_path, 6, *again)
+    start_and_signal(again, tmp_path, 8, signal.SIGKILL)
     inside(*again)
     a, b = (torch.load(f / "last.pt", weights_only=True) for f in (tmp_path, whole))
     assert same(a["model"], b["model"]) and same(a["ema"], b["ema"]) and torch.equal(a["z"], b["z"]) and losses(tmp_path) == losses(whole) and min(losses(whole)) > 0
     start = torch.load(ckpt, weights_only=True)["model"]
     assert all(max(float((b[part][k] - start[k]).abs().max()) for k in start) > 1e-3 for part in ("model", "ema")) and not same(b["model"], b["ema"])
+    group, = b["opt"]["param_groups"]
+    assert group["lr"] == pytest.approx(1e-3 * dsd.rate(11, 12)) and list(group["betas"]) == [0.9, 0.98]
+
+
+@pytest.mark.parametrize("w, velocity", [((1, 1), False), ((1, 3), False), ((1, 3), True)])
+def test_the_trajectory_is_that_of_the_sampler(tmp_path, tiny, monkeypatch, w, velocity):
+    """With next to no learning rate the states are those of sample() from the same noise, labels and scales, on the grid of that depth."""
+    arch = {**tiny.arch, "learn_sigma": not velocity}
+    net, flow = models.fill_random(models.build(arch)), dict(prediction="velocity", schedule="interpolant") if velocity else {}
+    torch.save(checkpoint(net, **flow), tmp_path / "base.pt")
+    command = words(tmp_path / "base.pt", tmp_path / "out", "--variant", "dsdn", "--depth", 8, "--steps", 8, "--lr", 1e-12, "--w", *w)
+    state = stopped(monkeypatch, tmp_path / "out", 7, *command)  # the third update of the second trajectory: six of eight steps
+    rng = StepRandom(Processes("off"), 0, 4, 8)
+    noise, y = rng.normal((1, 8, 8)), rng.integers(0, 10)
+    scale = w[0] + (w[1] - w[0]) * rng.uniform()
+    schedule = make_schedule("interpolant" if velocity else "linear")
+    grid = make_grid("sit" if velocity else "uniform", 8)
+    want = sample(guide(net.eval(), scale) if w[1] > 1 else net, noise, y, schedule, grid, "velocity" if velocity else "eps", keep=True)[6]
+    assert len(y.unique()) > 3 and (state["z"] - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_flags_reach_the_loss(tmp_path, ckpt):
+    """The first loss of --target next is that of --target pd over (1 - rho)^2, at the pair 999, 749, 499 of four steps."""
+    first = {}
+    for target in ("pd", "next"):
+        inside(*words(ckpt, tmp_path / target, "--variant", "dsdn", "--steps", 2, "--target", target))
+        first[target] = losses(tmp_path / target)[0]
+    r = [float(SCHEDULE.alpha[t] / SCHEDULE.sigma[t]) for t in (999, 749, 499)]
+    assert first["pd"] / first["next"] == pytest.approx((1 - (r[1] - r[0]) / (r[2] - r[0])) ** 2, rel=1e-3)
 
 
 def test_two_processes_agree_with_one(tmp_path, ckpt, whole):
@@ -241,19 +277,22 @@ def test_two_processes_agree_with_one(tmp_path, ckpt, whole):
     assert all((a["model"][k] - b["model"][k]).abs().max() < 1e-4 for k in a["model"]) and (a["z"] - b["z"]).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("stop", [4, 6, 9])  # within a trajectory; where the student has just become the teacher; later
-def test_tsd_resumes(tmp_path, ckpt, stop, monkeypatch):
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    inside(*words(ckpt, whole, "--variant", "tsd"))
-    monkeypatch.setattr(dsd.Stop, "now", lambda self: len(losses(part)) + 1 == stop)
-    with pytest.raises(SystemExit):
-        inside(*words(ckpt, part, "--variant", "tsd", "--log-every", 1))
-    state = torch.load(part / "last.pt", weights_only=True)
-    assert state["step"] == stop and (stop > 6) != same(state["teacher"], torch.load(ckpt, weights_only=True)["model"])
-    monkeypatch.undo()
-    inside(*words(ckpt, part, "--variant", "tsd"))
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("stop", [4, 6, 9])  # in the middle of the first depth; where the student is about to become the teacher; later
+def test_tsd_resumes(tmp_path, ckpt, stop, amp, monkeypatch):
+    whole, part, more = tmp_path / "whole", tmp_path / "part", ("--variant", "tsd", "--amp", amp)
+    inside(*words(ckpt, whole, *more))
+    state = stopped(monkeypatch, part, stop, *words(ckpt, part, *more))
+    base = torch.load(ckpt, weights_only=True)["model"]
+    stored = lambda sd: {k: v.bfloat16() if state["teacher"][k].dtype == torch.bfloat16 else v for k, v in sd.items()}
+    assert state["step"] == stop and same(state["teacher"], stored(base)) == (stop <= 6) and (amp == "bf16") == any(v.dtype == torch.bfloat16 for v in state["teacher"].values())
+    inside(*words(ckpt, part, *more))
     assert same(weights(part), weights(whole)) and losses(part) == losses(whole) and min(losses(whole)) > 0
-    assert not same(torch.load(whole / "last.pt", weights_only=True)["teacher"], torch.load(ckpt, weights_only=True)["model"])
+    if stop == 6:  # the teacher of the second depth is the student, not its average, as it was when the first ended
+        end = torch.load(whole / "last.pt", weights_only=True)["teacher"]
+        assert same(end, stored(state["model"])) and not same(end, stored(state["ema"]))
+    inside(*words(ckpt, tmp_path / "dsdi", "--variant", "dsdi", "--amp", amp))
+    assert losses(tmp_path / "dsdi")[0] == losses(whole)[0] and losses(tmp_path / "dsdi")[1:] != losses(whole)[1:]  # bit for bit the same at first
 
 
 def test_the_student_is_sampled_as_it_was_trained(tmp_path, ckpt, whole):
@@ -263,7 +302,6 @@ def test_the_student_is_sampled_as_it_was_trained(tmp_path, ckpt, whole):
     for nfe in (None, 2):
         inside("sample.py", "--ckpt", whole / "last.pt", "--num-samples", 3, "--out", tmp_path / "x.png", *(("--nfe", nfe) if nfe else ()))
     import data
-    from runtime import Processes
     grids = []
     original, data.solver_grid = data.solver_grid, lambda *a: grids.append(original(*a)) or grids[-1]
     try:
@@ -276,32 +314,33 @@ def test_the_student_is_sampled_as_it_was_trained(tmp_path, ckpt, whole):
     assert "is ready" in done and checkpoints.load_model(tmp_path / "issd" / "last.pt")[1]["grid"] == make_grid("uniform", 6)
 
 
-@pytest.mark.parametrize("classes", [10, 0])
-def test_latent_diffusion_unet_on_one_and_two_processes(tmp_path, classes):
-    arch = dict(net="UNet", input_size=8, in_channels=3, model_channels=32, num_res_blocks=1, channel_mult=[1, 2], attention_resolutions=[2], num_heads=1, num_classes=classes,
-                **(dict(context="class", context_dim=12) if classes else {}))
-    net = models.fill_random(models.build(arch))
-    torch.save(checkpoint(net, name="LDM-ImageNet", schedule="ldm", scale=1.0, classes=classes, cfg=1.5), tmp_path / "base.pt")
-    more = ("--batch-size", 4, "--steps", 6)
-    inside(*words(tmp_path / "base.pt", tmp_path / "one", *more))
-    torchrun(2, *words(tmp_path / "base.pt", tmp_path / "two", *more))
-    a, b, base = weights(tmp_path / "one"), weights(tmp_path / "two"), net.state_dict()
+def test_latent_diffusion_unet_on_one_and_two_processes(tmp_path):
+    """With classes, guided, and two processes with TSD; and without classes."""
+    arch = dict(net="UNet", input_size=8, in_channels=3, model_channels=32, num_res_blocks=1, channel_mult=[1, 2], attention_resolutions=[2], num_heads=1)
     total = lambda u, v: sum(float((u[k] - v[k]).abs().sum()) for k in u)
-    assert total(a, b) < 1e-3 * total(a, base) and total(a, base) > 0.1 and min(losses(tmp_path / "one")) > 0
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
-    inside("sample.py", "--ckpt", tmp_path / "one" / "last.pt", "--num-samples", 2, "--out", tmp_path / "x.npz")
+    for classes, more in ((10, ("--variant", "tsd", "--w", 1, 3)), (0, ())):
+        net = models.fill_random(models.build({**arch, "num_classes": classes, **(dict(context="class", context_dim=12) if classes else {})}))
+        ckpt, out = tmp_path / f"{classes}.pt", [tmp_path / f"{classes}-{n}" for n in (1, 2)]
+        torch.save(checkpoint(net, name="LDM-ImageNet", schedule="ldm", scale=1.0, classes=classes, cfg=1.5), ckpt)
+        inside(*words(ckpt, out[0], "--batch-size", 4, "--steps", 6, *more))
+        assert min(losses(out[0])) > 0 and total(weights(out[0]), net.state_dict()) > 0.1
+        inside("sample.py", "--ckpt", out[0] / "last.pt", "--num-samples", 2, "--out", tmp_path / "x.npz")
+        if classes:
+            torchrun(2, *words(ckpt, out[1], "--batch-size", 4, "--steps", 6, *more))
+            assert total(weights(out[0]), weights(out[1])) < 1e-3 * total(weights(out[0]), net.state_dict())
+            assert losses(out[0]) == pytest.approx(losses(out[1]), rel=1e-4)
 
 
 def test_a_velocity_model_distils_itself(tmp_path, tiny):
     torch.save(checkpoint(tiny, prediction="velocity", schedule="interpolant"), tmp_path / "flow.pt")
-    inside(*words(tmp_path / "flow.pt", tmp_path / "out", "--variant", "dsdgl"))
+    inside(*words(tmp_path / "flow.pt", tmp_path / "out", "--variant", "tsd", "--w", 1, 2))
     assert min(losses(tmp_path / "out")) > 0 and checkpoints.load_model(tmp_path / "out" / "last.pt")[1]["grid"] is None
 
 
 def test_presets_are_table_3():
     def chosen(*words):
         args = dsd.parser().parse_args([str(w) for w in words])
-        return args, dsd.fill_defaults(args, train.describe_base(args))
+        return args, dsd.fill_defaults(args, train.describe_base(args), SCHEDULE)
     for name, row in (("LDM-ImageNet", (5000, 1e-7, [0.99, 0.999], 0.9995)), ("LDM-CelebAHQ", (4000, 1e-6, [0.9, 0.98], 0.995)), ("LDM-Bedroom", (4000, 1e-6, [0.9, 0.98], 0.995))):
         args, where = chosen("--model", name)
         assert (args.steps, args.lr, args.betas, args.ema) == row and (args.depth, args.w, len(where), where[0]) == (64, [1, 3], row[0], (64, 0))
@@ -311,25 +350,36 @@ def test_presets_are_table_3():
     assert "10 forward units" in inside("dsd.py", "--model", "LDM-ImageNet", "--variant", "tsd", "--dry-run")
 
 
-def test_from_scratch(tmp_path):
+def test_from_scratch(tmp_path, monkeypatch):
     """Eq. 1 trains, resumes exactly, takes the same batches as its control, and says 4 units a step."""
     command = ["dsd.py", "--from-scratch", "--steps", 8, "--batch-size", 8, "--eval-samples", 4, "--nfe", 4, "--log-every", 1, "--save-every", 3]
     inside(*command, "--out", tmp_path / "a")
     assert "4 forward units" in inside(*command, "--out", tmp_path / "x", "--dry-run")
-    start_and_signal([*command, "--out", tmp_path / "b"], tmp_path / "b", 4, signal.SIGKILL)
+    stopped(monkeypatch, tmp_path / "b", 4, *command, "--out", tmp_path / "b")
     out = inside(*command, "--out", tmp_path / "b")
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b")) and losses(tmp_path / "a") == losses(tmp_path / "b") and "plain training" in out
     _, info = checkpoints.load_model(tmp_path / "a" / "last.pt")
     assert (info["prediction"], info["method"]) == ("v", "dsd-scratch") and losses(tmp_path / "a") != losses(tmp_path / "a" / "plain")
     assert inside(*command, "--out", tmp_path / "b") in out
-    inside(*command, "--mix", 1, 0, "--out", tmp_path / "c")
-    assert same(weights(tmp_path / "c"), weights(tmp_path / "a" / "plain"))  # without beta it is train.py
+    for flag, value in (("--depth", 8), ("--target", "next")):
+        inside(*command, flag, value, "--out", tmp_path / flag, "--eval-samples", 0)
+        assert losses(tmp_path / flag)[0] > losses(tmp_path / "a")[0]
+    inside(*command, "--mix", 1, 0, "--out", tmp_path / "c", "--eval-samples", 0)
+    assert same(weights(tmp_path / "c"), weights(tmp_path / "a" / "plain")) and losses(tmp_path / "c") == losses(tmp_path / "a" / "plain")  # without beta it is train.py
 
 
-def test_the_table_of_the_digits(tmp_path, ckpt):
-    out = inside("dsd.py", "--ckpt", ckpt, "--steps", 12, "--depth", 4, "--batch-size", 8, "--eval-samples", 12, "--out", tmp_path)
-    assert all(row in out for row in ("before, 2 steps", "after, 8 steps", "continued training", "after dsd")) and (tmp_path / "samples.png").exists()
+def test_the_table_of_the_digits(tmp_path, ckpt, monkeypatch):
+    """Every row is of its own network, at its own number of steps, on uniform nodes."""
+    asked, measure = {}, train.measure
+    monkeypatch.setattr(train, "measure", lambda args, proc, method, seconds, entries: asked.update(entries) or measure(args, proc, method, seconds, entries))
+    command = ["dsd.py", "--ckpt", ckpt, "--steps", 12, "--depth", 4, "--batch-size", 8, "--lr", 1e-3, "--eval-samples", 12, "--out", tmp_path]
+    out = inside(*command)
+    files = {"before": ckpt, "after": tmp_path / "last.pt", "continued training": tmp_path / "continued" / "last.pt"}
+    assert set(asked) == {name + more for name in files for more in ("", ", 2 steps", ", 8 steps")}
+    for name, (net, info, nfe, cfg) in asked.items():
+        stem, _, steps = name.partition(", ")
+        assert same(net.net.state_dict(), torch.load(files[stem], weights_only=True)["ema"]) and (info["grid"], nfe, cfg) == ("uniform", int(steps.split()[0]) if steps else 4, 1.0)
     import json
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["nfe"] == 4 and metrics["before"]["fd"] > 0 and set(metrics["controls"]) == {"continued training"} | {f"{a}, {n} steps" for a in ("before", "after") for n in (2, 8)}
-    assert inside("dsd.py", "--ckpt", ckpt, "--steps", 12, "--depth", 4, "--batch-size", 8, "--eval-samples", 12, "--out", tmp_path) in out
+    assert metrics["nfe"] == 4 and metrics["before"]["fd"] > 0 and set(metrics["controls"]) == set(asked) - {"before", "after"}
+    assert (tmp_path / "samples.png").exists() and inside(*command) in out

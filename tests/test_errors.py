@@ -55,17 +55,31 @@ def test_stages(fails, ckpt):
     assert "must be positive" in call("--lr", 0)
 
 
-def test_depths(fails, ckpt):
-    call = lambda *words: fails("dsd", "--ckpt", ckpt, "--eval-samples", 0, *words)
+def test_what_dsd_refuses(fails, ckpt, tiny, tmp_path):
+    call = lambda *words, ckpt=ckpt: fails("dsd", "--ckpt", ckpt, "--eval-samples", 0, *words)
     assert "a power of 2" in call("--variant", "dsdi", "--depth", 12)
     assert "an even number" in call("--variant", "dsdgl", "--depth", 7)
-    assert "too few for one trajectory" in call("--variant", "dsdgl", "--depth", 64, "--steps", 100)
+    assert "--depth 2000" in call("--depth", 2000)
+    for variant in ("dsdgl", "dsdn"):
+        assert "too few for one trajectory" in call("--variant", variant, "--depth", 64, "--steps", 12)
     assert "scales of guidance in their order" in call("--w", 3, 1)
     assert "between 1 and" in call("--nfe", 0)
-    assert "--data is for --from-scratch" in call("--data", "digits")
-    assert "leave --ckpt out" in call("--from-scratch")
-    assert "must be positive" in call("--lr", 0)
+    assert "are for --from-scratch" in call("--data", "digits")
+    assert "leave --ckpt" in call("--from-scratch")
+    assert "must be positive" in call("--lr", "inf")
     assert "must lie between 0 and 1" in call("--ema", 1.5)
+    for name, more in (("w", dict(arch={**tiny.arch, "guidance": True})), ("node", dict(only_node=500))):
+        torch.save(checkpoint(models.with_guidance(tiny) if name == "w" else tiny, **more), tmp_path / f"{name}.pt")
+        assert "give --ckpt a whole one" in call(ckpt=tmp_path / f"{name}.pt")
+    torch.save(checkpoint(tiny, prediction="velocity", schedule="interpolant", cfg_interval=[0.0, 0.7]), tmp_path / "repa.pt")
+    assert "add --w 1 1" in call("--w", 1, 3, ckpt=tmp_path / "repa.pt")
+    assert "prompts" in fails("dsd", "--model", "SD-v1.5", "--dry-run")
+    scratch = lambda *words: fails("dsd", "--from-scratch", *words)
+    assert "leave --ckpt, --variant" in scratch("--variant", "tsd")
+    assert "at least 2, and only for the digits" in scratch("--eval-samples", 1) and "only for the digits" in scratch("--data", "cifar10", "--eval-samples", 50)
+    assert "--nfe 2000" in scratch("--nfe", 2000)
+    assert "--mix takes two weights" in scratch("--mix", "nan", 1)
+    assert not list(tmp_path.glob("runs/*/last.pt"))
 
 
 def test_flags_pass_torchrun():
