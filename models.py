@@ -5,6 +5,8 @@ DiT   Peebles & Xie, "Scalable Diffusion Models with Transformers" (facebookrese
 SiT   Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers" (willisma/SiT);
       Yu et al., "Representation Alignment for Generation" (sihyun-yu/REPA)
 UNet  Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (CompVis/latent-diffusion; Stable Diffusion 1)
+DDPM++  Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", with the preconditioning of
+      Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (NVlabs/edm, training/networks.py)
 
 Two differences from upstream. Labels are dropped by the training script and not inside the network, so
 that every forward of one iteration sees the same label. And the network can be watched or edited:
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from runtime import UserError
+from solvers import SIGMA_DATA
 
 # ---------------------------------------------------------------------------------------------------
 # DiT
@@ -34,9 +37,9 @@ def modulate(h, shift, scale):
     return h * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def sinusoid(t, dim, max_period=10000.0):
-    """t (B,), integer or fractional -> (B, dim): cosines first, then sines, in float32."""
-    freqs = torch.exp(-np.log(max_period) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2))
+def sinusoid(t, dim, max_period=10000.0, endpoint=False):
+    """t (B,), integer or fractional -> (B, dim): cosines first, then sines, in float32. endpoint: the last period is 2 pi max_period."""
+    freqs = torch.exp(-np.log(max_period) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2 - endpoint))
     angle = t[:, None].float() * freqs
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
@@ -448,6 +451,153 @@ class UNet(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
+# The DDPM++ U-Net of EDM
+# ---------------------------------------------------------------------------------------------------
+
+
+def edm_norm(channels):
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class ResampledConv(nn.Conv2d):
+    """A convolution that first doubles ("up") or halves ("down") the sides, by copies or means of 2 x 2 pixels. The filter is a key upstream."""
+
+    def __init__(self, channels, out_channels, kernel, resample=None):
+        super().__init__(channels, out_channels, kernel, padding=kernel // 2)
+        self.resample = resample
+        if resample:
+            self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
+
+    def forward(self, x):
+        if self.resample:
+            x = F.interpolate(x, scale_factor=2) if self.resample == "up" else F.avg_pool2d(x, 2)
+        return super().forward(x)
+
+
+class EDMBlock(nn.Module):
+    """Two convolutions, the embedding of the noise level added between them, then attention with one head where asked; every sum times sqrt(1/2)."""
+
+    def __init__(self, channels, out_channels, emb_channels, resample=None, attention=False):
+        super().__init__()
+        self.norm0, self.norm1 = edm_norm(channels), edm_norm(out_channels)
+        self.conv0 = ResampledConv(channels, out_channels, 3, resample)
+        self.affine = nn.Linear(emb_channels, out_channels)
+        self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = ResampledConv(channels, out_channels, 1, resample) if resample or channels != out_channels else nn.Identity()
+        self.attention = attention
+        if attention:
+            self.norm2 = edm_norm(out_channels)
+            self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
+            self.proj = nn.Conv2d(out_channels, out_channels, 1)
+
+    def forward(self, x, emb, drop=None):
+        h = self.conv0(F.silu(self.norm0(x)))                           # (B, C', H', W')
+        h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
+        x = (self.skip(x) + self.conv1(drop(h) if drop else h)) * 0.5 ** 0.5
+        if not self.attention:
+            return x
+        q, k, v = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (1, -1, 3)).transpose(2, 4).unbind(3)  # (B, 1, HW, C); channels go q, k, v, q, ...
+        h = F.scaled_dot_product_attention(q, k, v)
+        return (x + self.proj(h.transpose(2, 3).reshape(x.shape))) * 0.5 ** 0.5
+
+
+class DDPMpp(nn.Module):
+    """DDPM++ with EDM's preconditioning (upstream: SongUNet within EDMPrecond); its time is the noise level, its prediction solvers.py's "edm".
+
+    num_blocks        residual blocks at every resolution; the decoder has one more
+    attn_resolutions  sides at which there is attention, besides the middle
+    num_classes       K; the null label's embedding is zero. Upstream's networks have not learned it: they are either with classes or without
+    augment_dim       width of upstream's input that tells how an image was augmented: weights that are kept and, as when sampling, not used
+    guidance          takes the scale w of guidance as an input; its embedding starts at zero, as DiT's
+
+    dropout may be set at any time and acts in training; its masks come from rng (runtime.StepRandom) where that is set, else from torch.
+    """
+
+    cfg_channels, dropout, rng = None, 0.0, None
+
+    def __init__(self, input_size=32, in_channels=3, model_channels=128, num_blocks=4, channel_mult=(2, 2, 2), attn_resolutions=(16,),
+                 num_classes=0, augment_dim=0, guidance=False):
+        super().__init__()
+        self.arch = dict(net="DDPM++", input_size=input_size, in_channels=in_channels, model_channels=model_channels, num_blocks=num_blocks,
+                         channel_mult=list(channel_mult), attn_resolutions=list(attn_resolutions), num_classes=num_classes, augment_dim=augment_dim,
+                         **({"guidance": True} if guidance else {}))
+        self.num_classes, self.guidance, self.sample_shape = num_classes, guidance, (in_channels, input_size, input_size)
+        emb_channels, enc, dec = 4 * model_channels, nn.ModuleDict(), nn.ModuleDict()  # ch: channels so far
+        block = lambda channels, out_channels, **kw: EDMBlock(channels, out_channels, emb_channels, **kw)
+        levels = [(input_size >> level, mult * model_channels) for level, mult in enumerate(channel_mult)]
+        enc[f"{input_size}x{input_size}_conv"] = nn.Conv2d(in_channels, ch := model_channels, 3, padding=1)
+        skips = [ch]                                                    # channels of every block of the encoder, for the decoder
+        for side, out in levels:
+            if side < input_size:
+                enc[f"{side}x{side}_down"] = block(ch, ch, resample="down")
+                skips.append(ch)
+            for i in range(num_blocks):
+                enc[f"{side}x{side}_block{i}"], ch = block(ch, out, attention=side in attn_resolutions), out
+                skips.append(ch)
+        dec[f"{side}x{side}_in0"], dec[f"{side}x{side}_in1"] = block(ch, ch, attention=True), block(ch, ch)
+        for level, (side, out) in enumerate(reversed(levels)):
+            if level:
+                dec[f"{side}x{side}_up"] = block(ch, ch, resample="up")
+            for i in range(num_blocks + 1):
+                dec[f"{side}x{side}_block{i}"], ch = block(ch + skips.pop(), out, attention=i == num_blocks and side in attn_resolutions), out
+        self.blocks = [*enc.values(), *dec.values()]                    # in a list: they belong to self.model
+        self.takes_skip = [False] * len(enc) + ["_block" in name for name in dec]
+        self.out = [edm_norm(ch), nn.Conv2d(ch, in_channels, 3, padding=1)]
+        dec[f"{side}x{side}_aux_norm"], dec[f"{side}x{side}_aux_conv"] = self.out
+        layers = dict(map_layer0=nn.Linear(model_channels, emb_channels), map_layer1=nn.Linear(emb_channels, emb_channels))
+        self.model = nn.ModuleDict(dict(enc=enc, dec=dec, **layers))
+        if num_classes:
+            self.model["map_label"] = nn.Linear(num_classes, model_channels)
+        if augment_dim:
+            self.model["map_augment"] = nn.Linear(augment_dim, model_channels, bias=False).requires_grad_(False)
+        self.w_embedder = nn.Linear(model_channels, model_channels) if guidance else None
+        if self.out[1].weight.device.type != "meta":
+            self.initialize_weights()
+
+    def initialize_weights(self):
+        """Upstream's: Xavier, almost zero for the last layer of every residual branch and of the network. The embedding of w starts at zero."""
+        gains = {"qkv": 0.2 ** 0.5, "w_embedder": 0.0, "conv1": 1e-5, "proj": 1e-5}
+        for name, m in self.named_modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(m.weight, 1e-5 if m is self.out[1] else gains.get(name.split(".")[-1], 1.0))
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+    def drop(self, h):
+        """Dropout of h (B, ...)."""
+        u = self.rng.uniform(h.shape[1:]) if self.rng else torch.rand(h.shape, device=h.device)
+        return h * (u >= self.dropout) / (1 - self.dropout)
+
+    def raw(self, x, c_noise, y, w=None, tap=None):
+        """The network without its preconditioning: scaled x (B, C, H, W), noise labels c_noise (B,), the rest as forward -> F (B, C, H, W)."""
+        tap, drop = tap or (lambda l, h: h), self.drop if self.training and self.dropout else None
+        C, dtype = self.arch["model_channels"], self.model["map_layer0"].weight.dtype
+        embed = lambda v: sinusoid(v, C, endpoint=True).roll(C // 2, 1).to(dtype)  # sines first
+        emb = embed(c_noise)                                            # (B, C)
+        if self.num_classes:
+            one_hot = y[:, None] == torch.arange(self.num_classes, device=y.device)
+            emb = emb + self.model["map_label"](one_hot.to(dtype) * self.num_classes ** 0.5)
+        if self.guidance:
+            emb = emb + self.w_embedder(embed(w))
+        emb = F.silu(self.model["map_layer1"](F.silu(self.model["map_layer0"](emb))))  # (B, 4C)
+        h, skips, depth = x, [], len(self.model["enc"])
+        for l, (block, takes_skip) in enumerate(zip(self.blocks, self.takes_skip)):
+            h = torch.cat([h, skips.pop()], dim=1) if takes_skip else h
+            h = tap(l, block(h, emb, drop) if l else block(h))
+            if l < depth:
+                skips.append(h)
+        norm, conv = self.out
+        return tap(len(self.blocks), conv(F.silu(norm(h))))
+
+    def forward(self, x, t, y, w=None, tap=None):
+        """Noisy x = x0 + t eps (B, C, H, W), noise levels t > 0 (B,), labels y (B,) long, guidance scales w (B,) if it takes them -> F (B, C, H, W).
+
+        The denoised image is D = c_skip x + c_out F (solvers.to_x0_eps). tap(l, h) -> h as in UNet.
+        """
+        return self.raw(x / (t ** 2 + SIGMA_DATA ** 2).sqrt().view(-1, 1, 1, 1).to(x.dtype), t.log() / 4, y, w, tap)
+
+
+# ---------------------------------------------------------------------------------------------------
 # Names and sizes
 # ---------------------------------------------------------------------------------------------------
 
@@ -476,17 +626,31 @@ UNETS = {  # upstream's configurations
 }
 
 
+DDPMPP = {  # Table 1 of the KD paper, its teacher "t" and its students by their channels; Ti and Na are ours, for the embedded 8x8 digits
+    "DDPM++-t": dict(model_channels=128, num_blocks=4, channel_mult=[2, 2, 2]),
+    **{f"DDPM++-{channels}": dict(model_channels=channels, num_blocks=2, channel_mult=[2, 2, 2]) for channels in (128, 96, 64, 32)},
+    "DDPM++-Ti": dict(model_channels=16, num_blocks=1, channel_mult=[2, 2]),
+    "DDPM++-Na": dict(model_channels=8, num_blocks=1, channel_mult=[2, 2]),
+}
+
+
 def make_arch(name, input_size, in_channels, num_classes, learn_sigma=False):
-    """'DiT-XL/2' or 'LDM-ImageNet' and the data's shape -> keyword arguments of the network, with its class under "net"."""
+    """'DiT-XL/2', 'LDM-ImageNet' or 'DDPM++-32' (with -uncond: without classes) and the data's shape -> keyword arguments of the network,
+    with its class under "net"."""
     shape = dict(input_size=input_size, in_channels=in_channels)
-    if name in UNETS:
+    if name.removesuffix("-uncond") in DDPMPP:
+        size, labels = DDPMPP[name.removesuffix("-uncond")], 0 if name.endswith("-uncond") else num_classes
+        levels, what = len(size["channel_mult"]), "its levels"
+        tile, attention = 2 ** (levels - 1), min((input_size >> level for level in range(levels)), key=lambda side: abs(side - 16))
+        arch = dict(size, net="DDPM++", **shape, attn_resolutions=[attention], num_classes=labels, augment_dim=0)
+    elif name in UNETS:
         tile, what = 2 ** (len(UNETS[name]["channel_mult"]) - 1), "its levels"
         labels = num_classes if UNETS[name].get("context") == "class" else 0
         arch = dict(UNETS[name], net="UNet", **shape, num_classes=labels)
     else:
         match = re.fullmatch(r"(DiT|SiT)-(Na|Ti|S|B|L|XL)/([1248])", name.removesuffix("-REPA") if name.startswith("SiT") else name)
         if not match:
-            known = f"DiT- or SiT-{{{','.join(SIZES)}}}/{{1,2,4,8}}, for example DiT-XL/2, or {', '.join(UNETS)}"
+            known = f"DiT- or SiT-{{{','.join(SIZES)}}}/{{1,2,4,8}}, for example DiT-XL/2, or {', '.join([*UNETS, *DDPMPP])}"
             raise UserError(f"--model {name}: unknown; choose {known}")
         tile, what = int(match[3]), f"patches of {match[3]}"
         arch = dict(net=match[1], **shape, patch_size=tile, num_classes=num_classes, learn_sigma=learn_sigma, **SIZES[match[2]])
@@ -498,13 +662,13 @@ def make_arch(name, input_size, in_channels, num_classes, learn_sigma=False):
 def build(arch):
     """A network from the "arch" entry of a checkpoint."""
     arch = dict(arch)
-    return {"DiT": DiT, "SiT": SiT, "UNet": UNet}[arch.pop("net")](**arch)
+    return {"DiT": DiT, "SiT": SiT, "UNet": UNet, "DDPM++": DDPMpp}[arch.pop("net")](**arch)
 
 
 def with_guidance(net):
-    """A DiT or SiT -> the same function as a network that takes the scale of guidance as an input, which it ignores at first."""
-    if not isinstance(net, DiT):
-        raise UserError(f"a {net.arch['net']} cannot be made to take the scale of guidance; use a DiT or SiT")
+    """A DiT, SiT or DDPM++ -> the same function as a network that takes the scale of guidance as an input, which it ignores at first."""
+    if not isinstance(net, (DiT, DDPMpp)):
+        raise UserError(f"a {net.arch['net']} cannot be made to take the scale of guidance; use a DiT, SiT or DDPM++")
     new = build({**net.arch, "guidance": True})
     missing, extra = new.load_state_dict(net.state_dict(), strict=False)
     if extra or any(not k.startswith("w_embedder.") for k in missing):

@@ -1,8 +1,7 @@
 """Diffusion arithmetic: noise schedules, what a network's output means, timestep grids, solvers, guidance.
 
-Notation: x_t = alpha_t x0 + sigma_t eps. States and outputs are (B, C, H, W), timesteps (B,) or a single
-number. Everything is computed in the dtype of the state, float32 or float64; half precision stays inside
-the network.
+Notation: x_t = alpha_t x0 + sigma_t eps. States and outputs are (B, C, H, W), timesteps (B,) or a single number.
+Everything is computed in the dtype of the state, float32 or float64; half precision stays inside the network.
 """
 import math
 
@@ -11,36 +10,28 @@ import torch
 
 from runtime import UserError
 
-# ---------------------------------------------------------------------------------------------------
-# Noise schedules
-# ---------------------------------------------------------------------------------------------------
+# ---- Noise schedules --------------------------------------------------------------------------------
 
 
 def column(v, x):
-    """(B,) or a scalar -> broadcastable against x (B, C, H, W), in the dtype of x."""
+    """(B,) or a scalar -> broadcastable against x (B, C, H, W), in the dtype of x; a number is made on its device, without a copy from the host."""
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"solver arithmetic wants float32 or float64 states, got {x.dtype}")
-    return v.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-
-
-def everywhere(v, x):
-    """A number, as column(v, x), made on the device of x without a copy from the host."""
-    return x.new_full([1] * x.ndim, v)
+    return v.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) if isinstance(v, torch.Tensor) else x.new_full([1] * x.ndim, v)
 
 
 class VP:
     """Discrete variance-preserving schedule: alpha_t^2 = prod(1 - beta), sigma_t^2 = 1 - alpha_t^2.
 
-    Timesteps are integers 0..T-1, and -1 is the clean end (alpha = 1, sigma = 0): the tables carry it as their
-    last entry. Tables are float64. Between integers log alpha is linear, as in DPM-Solver, and middle() looks there.
-    `beta` and `post_logvar` (T,) serve the learned-variance term.
+    Timesteps are integers 0..T-1, and -1 is the clean end (alpha = 1, sigma = 0): the tables, float64, carry it as their last entry. Between
+    integers log alpha is linear, as in DPM-Solver, and middle() looks there. `beta` and `post_logvar` (T,) serve the learned-variance term.
     """
 
     def __init__(self, betas, latent_diffusion=False):
         abar = torch.cumprod(1 - betas, 0)
         before = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
         post_var = betas * (1 - before) / (1 - abar)
-        self.T, self.continuous, self.latent_diffusion = len(betas), False, latent_diffusion
+        self.T, self.continuous, self.latent_diffusion, self.grid = len(betas), False, latent_diffusion, None
         self.alpha = torch.cat([abar.sqrt(), abar.new_ones(1)])
         self.sigma = torch.cat([(1 - abar).sqrt(), abar.new_zeros(1)])
         self.beta, self.post_logvar = betas, torch.cat([post_var[1:2], post_var[1:]]).log()  # "clipped": entry 0 would be log 0
@@ -55,7 +46,7 @@ class VP:
         """alpha_t and sigma_t for t, an int, a float >= 0 or (B,) long, shaped to multiply x."""
         if isinstance(t, float):
             log_alpha = np.interp(t, np.arange(self.T), self.log_alpha)
-            return everywhere(np.exp(log_alpha), x), everywhere(np.sqrt(-np.expm1(2 * log_alpha)), x)
+            return column(np.exp(log_alpha), x), column(np.sqrt(-np.expm1(2 * log_alpha)), x)
         return column(self.alpha[t], x), column(self.sigma[t], x)
 
     def middle(self, t, u):
@@ -67,22 +58,29 @@ class VP:
 class Interpolant:
     """Linear interpolant of flow models (SiT): alpha_t = 1 - t, sigma_t = t, t in [0, 1], t = 1 is noise."""
 
-    T, continuous, latent_diffusion = 1000, True, False  # T: what grids of integers are laid on
+    T, continuous, latent_diffusion, grid = 1000, True, False, "sit"  # T: what grids of integers are laid on; grid: the only one it takes
 
     def to(self, device):
         return self
 
     def at(self, t, x):
-        if isinstance(t, torch.Tensor):
-            return column(1 - t, x), column(t, x)
-        return everywhere(1 - t, x), everywhere(t, x)
+        return column(1 - t, x), column(t, x)
+
+
+class EDM(Interpolant):
+    """The process of Karras et al. ("EDM"): alpha = 1, sigma = t, so that the time is the noise level, sampled from 80 to 0."""
+
+    grid = "edm"
+
+    def at(self, t, x):
+        return column(1.0, x), column(t, x)
 
 
 def make_schedule(name, T=1000):
-    """'linear' (DDPM, DiT), 'cosine' (Nichol & Dhariwal), 'ldm', 'ldm-churches' and 'sd' (linear in sqrt(beta)), 'interpolant' (SiT)."""
+    """'linear' (DDPM, DiT), 'cosine' (Nichol & Dhariwal), 'ldm', 'ldm-churches' and 'sd' (linear in sqrt(beta)), 'interpolant' (SiT), 'edm'."""
     f64 = dict(dtype=torch.float64)
-    if name == "interpolant":
-        return Interpolant()
+    if name in ("interpolant", "edm"):
+        return Interpolant() if name == "interpolant" else EDM()
     if name == "linear":
         return VP(torch.linspace(1e-4 * 1000 / T, 0.02 * 1000 / T, T, **f64))
     if name == "cosine":
@@ -91,7 +89,7 @@ def make_schedule(name, T=1000):
     if name in ("ldm", "ldm-churches", "sd"):
         first, last = {"ldm": (0.0015, 0.0195), "ldm-churches": (0.0015, 0.0155), "sd": (0.00085, 0.012)}[name]
         return VP(torch.linspace(first ** 0.5, last ** 0.5, T, **f64) ** 2, latent_diffusion=True)
-    raise UserError(f"schedule {name}: unknown; choose linear, cosine, ldm, sd or interpolant")
+    raise UserError(f"schedule {name}: unknown; choose linear, cosine, ldm, sd, interpolant or edm")
 
 
 def add_noise(schedule, x0, eps, t):
@@ -100,13 +98,14 @@ def add_noise(schedule, x0, eps, t):
     return alpha * x0 + sigma * eps
 
 
-# ---------------------------------------------------------------------------------------------------
-# What a network's output means: prediction in {"eps", "x0", "v", "velocity"}
-# ---------------------------------------------------------------------------------------------------
+# ---- What a network's output means: prediction in {"eps", "x0", "v", "velocity", "edm"} -------------
+
+SIGMA_DATA = 0.5  # EDM's guess of the data's standard deviation
 
 
 def to_x0_eps(schedule, x, out, t, prediction="eps", project=None):
     """A network's output at x_t -> its (x0, eps). v = alpha eps - sigma x0 (VP); velocity = eps - x0 (interpolant).
+    edm, on its own schedule: the F of D = c_skip x + c_out F (EDM's Eq. 7 and Table 1), a v in units of the data; D is x0.
 
     project(x0) -> x0 brings the prediction into the data's domain (PROJECTIONS); eps then follows from it.
     """
@@ -119,17 +118,15 @@ def to_x0_eps(schedule, x, out, t, prediction="eps", project=None):
         x0, eps = alpha * x - sigma * out, sigma * x + alpha * out
     elif prediction == "velocity":
         x0, eps = x - sigma * out, x + alpha * out
+    elif prediction == "edm":
+        norm = (sigma ** 2 + SIGMA_DATA ** 2).sqrt()
+        x0, eps = SIGMA_DATA * (SIGMA_DATA / norm * x + sigma * out) / norm, (sigma / norm * x - SIGMA_DATA * out) / norm
     else:
-        raise UserError(f"prediction {prediction}: unknown; choose eps, x0, v or velocity")
+        raise UserError(f"prediction {prediction}: unknown; choose eps, x0, v, velocity or edm")
     if project:
         x0 = project(x0)
         eps = (x - alpha * x0) / sigma
     return x0, eps
-
-
-def clamp_pixels(x0):
-    """Pixels lie in [-1, 1]."""
-    return x0.clamp(-1, 1)
 
 
 def clamp_quantile(x0, q=0.995, floor=1.0):
@@ -138,25 +135,25 @@ def clamp_quantile(x0, q=0.995, floor=1.0):
     return x0.clamp(-bound, bound)
 
 
-PROJECTIONS = {"off": None, "clamp": clamp_pixels, "quantile": clamp_quantile}  # thresholding; a discretised reflected diffusion
+# Thresholding, a discretised reflected diffusion; pixels lie in [-1, 1].
+PROJECTIONS = {"off": None, "clamp": lambda x0: x0.clamp(-1, 1), "quantile": clamp_quantile}
 
 
 def from_x0_eps(schedule, x0, eps, t, prediction="eps"):
     """The inverse of to_x0_eps: the output a network of this kind should give."""
     alpha, sigma = schedule.at(t, x0)
-    return {"eps": lambda: eps, "x0": lambda: x0, "v": lambda: alpha * eps - sigma * x0, "velocity": lambda: eps - x0}[prediction]()
+    return {"eps": lambda: eps, "x0": lambda: x0, "v": lambda: alpha * eps - sigma * x0, "velocity": lambda: eps - x0,
+            "edm": lambda: (sigma / SIGMA_DATA * x0 - SIGMA_DATA * eps) / (sigma ** 2 + SIGMA_DATA ** 2).sqrt()}[prediction]()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Timestep grids: nfe nodes from noisy to clean, then the end point, where no network is evaluated
-# ---------------------------------------------------------------------------------------------------
+# ---- Timestep grids: nfe nodes from noisy to clean, then the end point, where no network is evaluated 
 
 
 def schedule_grid(schedule, name, nfe):
-    """make_grid for a schedule; name None is sit for the interpolant, ldm for latent diffusion's schedules where nfe divides T, and dit for all
-    others. Raises UserError where they do not match."""
-    name = name or ("sit" if schedule.continuous else "ldm" if schedule.latent_diffusion and schedule.T % nfe == 0 and 1 < nfe < schedule.T else "dit")
-    if (name == "sit") != schedule.continuous:
+    """make_grid for a schedule; name None is the own grid of the interpolant and of EDM, ldm for latent diffusion's schedules where nfe divides T,
+    and dit for all others. Raises UserError where they do not match."""
+    name = name or schedule.grid or ("ldm" if schedule.latent_diffusion and schedule.T % nfe == 0 and 1 < nfe < schedule.T else "dit")
+    if (name if name in ("sit", "edm") else None) != schedule.grid:
         raise UserError(f"--grid {name} does not go with this model's schedule; leave it out")
     return make_grid(name, nfe, schedule.T)
 
@@ -169,8 +166,9 @@ def make_grid(name, nfe, T=1000):
     ldm      multiples of T // nfe, plus one, then t = 0 (not clean): upstream latent diffusion
     uniform  round(T j / nfe) - 1, then clean: defined for every nfe
     sit      nfe + 1 real numbers from 1 to 0 for the interpolant
+    edm      nfe noise levels from 80 to 0.002, evenly in their seventh root, then 0: EDM's Eq. 5
     """
-    if nfe < 1 or (name != "sit" and nfe > T):
+    if nfe < 1 or (name not in ("sit", "edm") and nfe > T):
         raise UserError(f"--nfe {nfe}: must lie between 1 and the schedule's {T} steps")
     if name == "dit":
         return [round(i * (T - 1) / (nfe - 1)) for i in range(nfe - 1, -1, -1)] + [-1] if nfe > 1 else [T - 1, -1]
@@ -188,7 +186,9 @@ def make_grid(name, nfe, T=1000):
         return [round(T * j / nfe) - 1 for j in range(nfe, 0, -1)] + [-1]
     if name == "sit":
         return [1 - i / nfe for i in range(nfe + 1)]
-    raise UserError(f"--grid {name}: unknown; choose dit, ddim, ldm, uniform or sit")
+    if name == "edm":
+        return [(80 ** (1 / 7) + i / max(nfe - 1, 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(nfe)] + [0.0]
+    raise UserError(f"--grid {name}: unknown; choose dit, ddim, ldm, uniform, sit or edm")
 
 
 def halve_grid(grid):
@@ -198,9 +198,7 @@ def halve_grid(grid):
     return grid[:-1:2] + grid[-1:]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Solvers
-# ---------------------------------------------------------------------------------------------------
+# ---- Solvers ----------------------------------------------------------------------------------------
 
 
 def ddim_step(schedule, x, out, t, u, prediction="eps", project=None):
@@ -235,9 +233,7 @@ def lcm_grid(nfe, T=1000, skip=20):
 
 def ddim_invert(schedule, x_t, x_u, t, u):
     """The one constant x0 whose DDIM step carries x_t to x_u: x0 = (x_u - r x_t) / (alpha_u - r alpha_t), r = sigma_u / sigma_t.
-
-    For neighbouring t and u the denominator is small; use float64 states where that matters.
-    """
+    For neighbouring t and u the denominator is small; use float64 states where that matters."""
     (alpha_t, sigma_t), (alpha_u, sigma_u) = schedule.at(t, x_t), schedule.at(u, x_t)
     r = sigma_u / sigma_t
     return (x_u - r * x_t) / (alpha_u - r * alpha_t)
@@ -301,6 +297,15 @@ def _plms(look, schedule, x, t, u, memory, **_):
     return ddim_step(schedule, x, eps, t, u)
 
 
+def _heun(look, schedule, x, t, u, last, **_):
+    """Heun's method in sigma / alpha, of which x / alpha is a function with slope eps: DDIM along the mean eps of both ends, the last step along the
+    first. On EDM's schedule it is EDM's Algorithm 1."""
+    eps = look(x, t)[1]
+    if not last:
+        eps = (eps + look(ddim_step(schedule, x, eps, t, u), u)[1]) / 2
+    return ddim_step(schedule, x, eps, t, u)
+
+
 def _dpm2(look, schedule, x, t, u, middle=None, **_):
     """DPM-Solver-2, single step: DDIM along the eps at a point between, by default half way in lmb (Eq. 9 of the SSD paper); to the clean end of first order."""
     eps = look(x, t)[1]
@@ -331,27 +336,28 @@ def _sde(look, schedule, x, t, u, last, noise, **_):
     return x if last else x + (2 * t * (t - u)) ** 0.5 * noise(x)
 
 
-STEPS = {"ddim": _ddim, "ddpm": _ddpm, "plms": _plms, "dpm2": _dpm2, "dpm++": _dpmpp, "lcm": _lcm, "euler": _ddim, "sde": _sde}
+STEPS = {"ddim": _ddim, "ddpm": _ddpm, "plms": _plms, "dpm2": _dpm2, "dpm++": _dpmpp, "lcm": _lcm, "euler": _ddim, "sde": _sde, "heun": _heun}
 SOLVERS = (*STEPS, "fused")
-FLOW = ("ddim", "euler", "sde", "fused")  # those that know the interpolant
+KNOWN_TO = {None: [s for s in SOLVERS if s not in ("euler", "sde")],  # by schedule.grid
+            "sit": ["ddim", "euler", "sde", "fused"], "edm": ["heun", "ddim", "euler", "fused"]}
 
 
 def solver_grid(schedule, solver, nfe, own=None):
     """The grid along which `solver` makes nfe evaluations of the network. own: a model's own grid, taken where its number of nodes is right, or the name of its grids.
 
-    ddim, euler, ddpm, dpm++  one a node; euler is ddim's name on the interpolant
+    ddim, euler, ddpm, dpm++  one a node; euler is ddim's name on the interpolant and on EDM's schedule
     plms   two at the first node
     dpm2   two a step; an even nfe ends at t = 0, which is not quite clean, an odd one adds a last first-order step
     lcm    the nodes on which consistency was distilled
     sde    from 1 to 0.04, then 0 (REPA)
-    fused  two a node, save at the last: see fused()
+    fused, heun  two a node, save at the last: see fused()
     """
-    if schedule.continuous and solver not in FLOW or solver in ("euler", "sde") and not schedule.continuous:
-        raise UserError(f"--solver {solver} does not go with this model's schedule; choose {', '.join(FLOW if schedule.continuous else [s for s in SOLVERS if s not in ('euler', 'sde')])}")
-    least = {"plms": 3, "dpm2": 2, "sde": 2, "fused": 3}.get(solver, 0)
-    if nfe < least or solver == "fused" and nfe % 2 == 0:
-        raise UserError(f"--nfe {nfe}: {solver} needs {'an odd number, ' if solver == 'fused' else ''}at least {least}")
-    nodes = {"plms": nfe - 1, "fused": (nfe + 1) // 2, "dpm2": nfe // 2 + 1}.get(solver, nfe)
+    if solver not in KNOWN_TO[schedule.grid]:
+        raise UserError(f"--solver {solver} does not go with this model's schedule; choose {', '.join(KNOWN_TO[schedule.grid])}")
+    least, odd = {"plms": 3, "dpm2": 2, "sde": 2, "fused": 3, "heun": 3}.get(solver, 0), solver in ("fused", "heun")
+    if nfe < least or odd and nfe % 2 == 0:
+        raise UserError(f"--nfe {nfe}: {solver} needs {'an odd number, ' if odd else ''}at least {least}")
+    nodes = {"plms": nfe - 1, "dpm2": nfe // 2 + 1}.get(solver, (nfe + 1) // 2 if odd else nfe)
     if solver == "sde":
         return np.linspace(1, 0.04, nfe).tolist() + [0.0]
     if solver == "dpm2":
@@ -363,27 +369,27 @@ def solver_grid(schedule, solver, nfe, own=None):
 
 
 @torch.no_grad()
-def sample(net, x, y, schedule, grid, prediction="eps", keep=False, on_step=None, solver="ddim", project=None, noise=torch.randn_like):
+def sample(net, x, y, schedule, grid, prediction="eps", keep=False, on_step=lambda: None, solver="ddim", project=None, noise=torch.randn_like):
     """Along `grid` (solver_grid) from noise x (B, C, H, W) with conditions y (B, ...).
 
     net(x, t, y) -> (B, C or more, H, W), of which the first C channels are the prediction; it must take the dtype of x; or a list of networks, one a node.
     on_step() is called after every evaluation. Returns x at the end of the grid, or with keep=True the list of all len(grid) states.
+    On EDM's schedule the first state is 80 times the noise, and states are float64 along the way.
     """
     if solver not in STEPS:
         raise UserError(f"--solver {solver}: unknown; choose {', '.join(STEPS)}")
-    nets, states, memory = net if isinstance(net, list) else [net] * (len(grid) - 1), [x], []
+    nets, memory, dtype = net if isinstance(net, list) else [net] * (len(grid) - 1), [], x.dtype
+    states = [x := x.double() * grid[0] if isinstance(schedule, EDM) else x]
     for i, (t, u) in enumerate(zip(grid[:-1], grid[1:])):
         def look(x, t):
-            time = torch.full((len(x),), t, device=x.device, dtype=x.dtype if isinstance(t, float) else torch.long)
-            out = nets[i](x, time, y).to(x.dtype)
-            if on_step:
-                on_step()
-            C = x.shape[1]
-            return (*to_x0_eps(schedule, x, out[:, :C], t, prediction, project), out[:, C:])
+            time = torch.full((len(x),), t, device=x.device, dtype=dtype if isinstance(t, float) else torch.long)
+            out = nets[i](x.to(dtype), time, y).to(x.dtype)
+            on_step()
+            return (*to_x0_eps(schedule, x, out[:, :x.shape[1]], t, prediction, project), out[:, x.shape[1]:])
 
         x = STEPS[solver](look, schedule, x, t, u, memory=memory, last=i == len(grid) - 2, nodes=len(nets), noise=noise)
         states = states + [x] if keep else [x]
-    return states if keep else x
+    return [x.to(dtype) for x in states] if keep else x.to(dtype)
 
 
 def fused(students, sources, lam):
