@@ -1,12 +1,14 @@
 """Files of weights: reading what others have written, strict loading, downloads.
 
 A checkpoint of ours is a plain dictionary that says what it holds. Taken as well: upstream's files, raw state dicts, Lightning's,
-safetensors.
+safetensors, EDM's pickled networks.
 """
 import hashlib
 import http.client
+import io
 import json
 import os
+import pickle
 import platform
 import re
 import struct
@@ -15,6 +17,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from argparse import Namespace
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +25,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import CLASS_TABLE, UNETS, build, make_arch
+from models import CLASS_TABLE, DDPMPP, UNETS, build, make_arch
 from runtime import UserError, write_text
+from solvers import SIGMA_DATA
 
 # ---------------------------------------------------------------------------------------------------
 # Reading and loading
@@ -35,6 +39,8 @@ UPSTREAM = {  # the links that the upstream repositories give: READMEs, download
     ("SiT-XL/2", 256): "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0",
     ("SiT-XL/2-REPA", 256): "https://www.dl.dropboxusercontent.com/scl/fi/cxedbs4da5ugjq5wg3zrg/last.pt?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0",
     ("LDM-ImageNet", 256): "https://ommer-lab.com/files/latent-diffusion/nitro/cin/model.ckpt",
+    ("DDPM++-t", 32): "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-cond-vp.pkl",  # for non-commercial use
+    ("DDPM++-t-uncond", 32): "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
 }
 NOT_FETCHED = {  # released too, but not as one file at one address
     **{name: f"model.ckpt, unpacked from https://ommer-lab.com/files/latent-diffusion/{archive}.zip" for name, archive in
@@ -48,6 +54,7 @@ DIT_DEFAULTS = dict(prediction="eps", schedule="linear", scale=0.18215, grid=Non
                     solver="ddim", threshold="off", only_node=None, null=None)
 SIT = dict(prediction="velocity", schedule="interpolant")
 REPA = dict(SIT, cfg=1.8, cfg_interval=[0.0, 0.7])
+EDM = dict(prediction="edm", schedule="edm", scale=None, cfg=1.0, solver="heun", nfe=35)
 LDM = dict(schedule="ldm", scale=1.0, cfg=1.0)
 UNET_DEFAULTS = {"SD-v1.5": dict(schedule="sd", cfg=7.5), "LDM-ImageNet": dict(LDM, cfg=1.5), "LDM-Churches": dict(LDM, schedule="ldm-churches")}
 
@@ -72,6 +79,65 @@ def read_safetensors(path):
     return out
 
 
+def read_pickle(path):
+    """A pickled network of EDM's -> {"ema": state dict, "network": its class's name, "sigma_data"}, without running anything that the file brings.
+
+    Such a file holds objects with the source of their classes (torch_utils.persistence). Here every object becomes an Inert that keeps what it was
+    made from; besides them there are tensors and plain containers, and every other name is refused. The names stand in a dictionary made anew for
+    every file, since a pickle may set attributes of what it gets hold of.
+    """
+    class Inert:
+        def __new__(cls, *args):
+            self = super().__new__(cls)
+            self.args, self.state = args, None
+            return self
+
+        def __init__(self, *args):
+            pass
+
+        def __setstate__(self, state):
+            self.state = state
+
+    def load_storage(raw):
+        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+
+    def make_tensor(storage, offset, size, stride, *_):
+        return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, OrderedDict())
+
+    def make_parameter(tensor, *_):
+        return tensor
+
+    known = {("torch._utils", "_rebuild_tensor_v2"): make_tensor, ("torch._utils", "_rebuild_parameter"): make_parameter,
+             ("torch.storage", "_load_from_bytes"): load_storage, ("collections", "OrderedDict"): OrderedDict, ("dnnlib.util", "EasyDict"): dict,
+             ("torch_utils.persistence", "_reconstruct_persistent_obj"): Inert, ("torch.nn.modules.container", "ModuleDict"): Inert,
+             **{(f"numpy.{core}.multiarray", name): Inert for core in ("core", "_core") for name in ("scalar", "_reconstruct")},
+             ("numpy", "dtype"): Inert, ("numpy", "ndarray"): Inert}
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if (module, name) not in known:
+                raise pickle.UnpicklingError(f"it names {module}.{name}")
+            return known[module, name]
+
+    def state_of(module):  # of persistent objects it lies in the one argument
+        return module.state or module.args[0]["state"]
+
+    def flatten(module, prefix=""):
+        state = state_of(module)
+        for name, tensor in {**state["_parameters"], **state["_buffers"]}.items():
+            if isinstance(tensor, torch.Tensor) and name not in state.get("_non_persistent_buffers_set", ()):
+                weights[prefix + name] = tensor
+        for name, child in state["_modules"].items():
+            if child is not None:
+                flatten(child, f"{prefix}{name}.")
+
+    with open(path, "rb") as f:
+        net = Unpickler(f).load()["ema"]
+    weights = {}
+    flatten(net)
+    return {"ema": weights, "network": net.args[0]["class_name"], "sigma_data": state_of(net).get("sigma_data")}
+
+
 def read_file(path):
     """Any checkpoint file -> what it holds (a dict), on the CPU. Raises UserError when it cannot be read."""
     path = Path(path)
@@ -80,6 +146,8 @@ def read_file(path):
     try:
         if ".safetensors" in path.name:  # also while it is being fetched
             return read_safetensors(path)
+        if ".pkl" in path.name:
+            return read_pickle(path)
         torch.serialization.add_safe_globals([Namespace, LIGHTNING])  # upstream DiT pickles its arguments
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # a damaged file fails in as many ways as there are formats
@@ -129,6 +197,29 @@ def load_weights(net, ckpt, name, hint="check --model and --image-size"):
     return net
 
 
+def describe_edm(ckpt, held, sd, name):
+    """describe() of one of EDM's networks, which the keys and shapes of its weights tell."""
+    if (held.get("network", "EDMPrecond"), held.get("sigma_data", SIGMA_DATA)) != ("EDMPrecond", SIGMA_DATA):
+        raise UserError(f"checkpoint {ckpt} is a {held['network']} with sigma_data {held['sigma_data']}; of EDM's only EDMPrecond with {SIGMA_DATA} is known")
+    try:
+        sides = sorted({int(side) for k in sd for side in re.findall(r"^model\.enc\.(\d+)x", k)}, reverse=True)
+        levels, top = [f"model.enc.{side}x{side}_block" for side in sides], f"{sides[0]}x{sides[0]}"
+        channels, in_channels = sd[f"model.enc.{top}_conv.weight"].shape[:2]
+        size = dict(model_channels=channels, num_blocks=sum(k.startswith(levels[0]) and k.endswith(".conv0.weight") for k in sd),
+                    channel_mult=[len(sd[level + "0.conv0.weight"]) // channels for level in levels])
+        sd[f"model.dec.{top}_aux_conv.weight"]  # ADM has none
+    except (LookupError, ValueError, TypeError, ArithmeticError):
+        raise UserError(f"checkpoint {ckpt}: these are not the weights of a DDPM++; of EDM's networks (DDPM++, NCSN++, ADM) only that one is known")
+    attention = [side for side, level in zip(sides, levels) if level + "0.qkv.weight" in sd]
+    columns = lambda key: sd[key].shape[1] if key in sd else 0
+    arch = dict(size, net="DDPM++", input_size=sides[0], in_channels=in_channels, attn_resolutions=attention,
+                num_classes=columns("model.map_label.weight"), augment_dim=columns("model.map_augment.weight"))
+    own = next((n for n in DDPMPP if DDPMPP[n] == size), "DDPM++") + ("" if arch["num_classes"] else "-uncond")
+    if name and name != own:
+        raise UserError(f"checkpoint {ckpt} holds {own}, not --model {name}; leave --model out")
+    return dict(DIT_DEFAULTS, **EDM, name=own, classes=arch["num_classes"], arch=arch)
+
+
 def describe(ckpt, name=None, image_size=None):
     """What a checkpoint is, without its weights: prediction, schedule, scale, classes, grid, nfe, cfg, cfg_interval, solver,
     threshold, method, only_node, null, arch, name.
@@ -144,9 +235,11 @@ def describe(ckpt, name=None, image_size=None):
             raise UserError(f"checkpoint {ckpt} holds {held['name']}, not --model {name}; leave --model out")
         held = {**DIT_DEFAULTS, **held}
         return {k: held[k] for k in ("name", "arch", "classes", *DIT_DEFAULTS)}
+    sd = find_weights(held, [CLASS_TABLE])
+    if any(k.startswith("model.enc.") for k in sd):
+        return describe_edm(ckpt, held, sd, name)
     if not name:
         raise UserError(f"checkpoint {ckpt} does not say what it is; name it with --model, for example DiT-XL/2")
-    sd = find_weights(held, [CLASS_TABLE])
     table, last = sd.get(CLASS_TABLE, sd.get("y_embedder.embedding_table.weight")), sd.get("final_layer.linear.weight")
     classes = 1000 if table is None else len(table) - 1
     if name in UNETS:
@@ -155,6 +248,8 @@ def describe(ckpt, name=None, image_size=None):
         arch = make_arch(name, side, UNETS[name]["in_channels"], classes)
         if "scale_factor" in held.get("state_dict", held):  # measured on the data when its training began
             more["scale"] = float(held.get("state_dict", held)["scale_factor"])
+    elif name.removesuffix("-uncond") in DDPMPP:
+        arch, more = make_arch(name, image_size or 32, 3, 10), EDM  # CIFAR-10's
     else:
         repa = name.endswith("-REPA") or any(k.startswith("projectors.") for k in sd)
         arch = make_arch(name, (image_size or 256) // 8, 4, classes, learn_sigma=not repa)
@@ -277,10 +372,11 @@ def _download_once(url, path):
 
 def upstream_checkpoint(name, image_size, folder):
     """Fetch the released weights of `name` once into `folder`; returns their path."""
-    url = UPSTREAM.get((name, image_size or 256))
+    image_size = image_size or (32 if name.startswith("DDPM++") else 256)
+    url = UPSTREAM.get((name, image_size))
     if name in NOT_FETCHED:
         raise UserError(f"the weights of {name} are not fetched; get {NOT_FETCHED[name]}, and give --ckpt PATH")
     if url is None:
         known = ", ".join(f"{n} at {r}" for n, r in UPSTREAM)
-        raise UserError(f"no released weights for {name} at {image_size or 256} (there are: {known}); give --ckpt PATH, or train it with train.py")
+        raise UserError(f"no released weights for {name} at {image_size} (there are: {known}); give --ckpt PATH, or train it with train.py")
     return fetch(url, folder, check=lambda path: load_model(path, name, image_size))
