@@ -220,18 +220,18 @@ def check_fits(data, info):
     if (data.scale is None) != (info["scale"] is None) or data.scale and abs(data.scale / info["scale"] - 1) > 1e-3:
         raise UserError(f"--data {data.name} holds {f'latents times {data.scale:g}' if data.scale else 'images'}, the network wants "
                         f"{'images' if info['scale'] is None else 'latents times %g' % info['scale']}")
-    if data.classes > info["classes"]:
+    if data.classes > info["classes"] > 0:
         raise UserError(f"--data {data.name} has {data.classes} classes, the network knows {info['classes']}")
     if (arch.get("context") == "text") != (data.text is not None):
         raise UserError(f"--data {data.name} has captions, the network takes labels" if data.text else
                         f"--data {data.name} has no captions, which this network is conditioned on; make it with python data.py encode --prompts")
     if data.text and data.text[1] != arch["context_dim"]:
         raise UserError(f"--data {data.name} has captions of dimension {data.text[1]}, the network wants {arch['context_dim']}")
-    if data.classes == 0 and not data.text:  # no labels: each is the network's null label
+    if 0 in (data.classes, info["classes"]) and not data.text:  # no labels, or none that the network knows: each is its null label
         if isinstance(data, ImageFolder):
             data.files = [(f, info["classes"]) for f, _ in data.files]
         else:
-            data.y = np.full(len(data), info["classes"])
+            data.y = data.y * 0 + info["classes"]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, solver=None, l
     nfe = (info["nfe"] or 50) if nfe is None else nfe
     solver, cfg = solver or info["solver"], info["cfg"] if cfg is None else cfg
     grid = solver_grid(schedule, solver, nfe, info["grid"])
-    if info.get("only_node") not in (None, *grid[:-1]) or info.get("only_node") is not None and solver in ("plms", "dpm2", "fused"):
+    if info.get("only_node") not in (None, *grid[:-1]) or info.get("only_node") is not None and solver in ("plms", "dpm2", "fused", "heun"):
         raise UserError(f"this network was trained for one step, at t = {info['only_node']:g}; sample it with its own --nfe and solver")
     if info.get("cfg_interval") and cfg != 1 and solver == "fused":
         raise UserError("--solver fused: this model is guided at some of its steps only, whose features do not fit together; give --cfg 1")

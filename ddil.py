@@ -344,7 +344,7 @@ def fill_defaults(args, info):
     args.w = [args.cfg, args.cfg] if args.objective == "dmd2" else args.w
     schedule = make_schedule(info["schedule"])
     if schedule.continuous:
-        raise UserError("ddil.py wants a model with discrete steps, this one is an interpolant")
+        raise UserError("ddil.py wants a model with discrete steps, this one's time is continuous")
     if not all(0 <= v <= 1 for v in (*args.dagger, *args.beta)) or min(args.reuse) <= 0 or not 1 <= args.w[0] <= args.w[1]:
         raise UserError("--dagger and --beta are probabilities, --reuse is positive, --w is two scales of guidance of at least 1 in their order")
     if args.objective == "dmd2" and "hidden_size" not in info["arch"]:

@@ -231,8 +231,8 @@ class StepRandom:
     def normal(self, shape):
         return self.proc.rows(torch.randn(self.batch, *shape, **self.where))
 
-    def uniform(self):
-        return self.proc.rows(torch.rand(self.batch, **self.where))
+    def uniform(self, shape=()):
+        return self.proc.rows(torch.rand(self.batch, *shape, **self.where))
 
     def integers(self, low, high):
         """low <= n < high."""

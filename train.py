@@ -3,13 +3,14 @@
     1. x0 ~ data, t ~ U{0..T-1} (the interpolant: U[0, 1]), eps ~ N(0, I); the label is dropped for 1 sample in 10
     2. x_t = alpha_t x0 + sigma_t eps
     3. L = |net(x_t, t, y) - target|^2, target = eps, x0, v = alpha eps - sigma x0, or velocity = eps - x0;
+       EDM's networks: ln t ~ N(-1.2, 1.2^2), the target is F, whose mean square is EDM's weighted loss of the denoised image;
        with a learned variance also the variational bound of sigma, through which the prediction gets no gradient
        (Nichol & Dhariwal, "Improved DDPM", L_hybrid as upstream DiT trains it)
 
 The other scripts have this one's shape: `diff train.py issd.py` is the method.
 
     python train.py                                             the digits' teacher, about a minute on two CPU cores
-    python train.py --data cifar10 --model DiT-S/2              one GPU
+    python train.py --data cifar10 --model DiT-S/2              one GPU; or --model DDPM++-96, EDM's network
     torchrun --nproc_per_node 8 train.py --data LATENTS --model DiT-XL/2
 
 Writes runs/train/{last.pt, log.jsonl}; last.pt is what --ckpt of the other scripts takes.
@@ -27,15 +28,16 @@ import fid
 import models
 import runtime
 from runtime import EMA, Guard, Log, Processes, StepRandom, Stop, UserError, say
-from solvers import add_noise, column, from_x0_eps, make_schedule, schedule_grid, solver_grid, to_x0_eps
+from solvers import EDM, add_noise, column, from_x0_eps, make_schedule, schedule_grid, solver_grid, to_x0_eps
 
 # ---- Method -------------------------------------------------------------------------------------------
 
 
 def diffusion_loss(net, schedule, x0, y, t, noise, prediction="eps"):
-    """Clean x0 (B, C, H, W), labels y (B,), timesteps t (B,), noise like x0 -> (loss, {"mse", "vb"}).
+    """Clean x0 (B, C, H, W), labels y (B,), timesteps t (B,) as training_times draws them, noise like x0 -> (loss, {"mse", "vb"}).
 
     net(x_t, t, y) gives (B, C, H, W), or (B, 2C, H, W) when it learns its variance. vb is in bits per dimension.
+    EDM's loss is (t^2 + 0.5^2) / (0.5 t)^2 |D - x0|^2 (Karras et al., Eq. 8): that weight times c_out^2 is 1, so it is |F - target|^2.
     """
     x_t = add_noise(schedule, x0, noise, t)                                   # (B, C, H, W)
     out = net(x_t, t, y)                                                      # (B, C or 2C, H, W)
@@ -66,6 +68,13 @@ def variational_bound(schedule, x0, x_t, t, out, sigma_head, prediction):
     return torch.where(t.view(-1, 1, 1, 1) == 0, nll, kl).mean((1, 2, 3)) / 0.6931471805599453  # nats -> bits
 
 
+def training_times(schedule, rng):
+    """(B,) of the distribution that goes with the schedule; EDM's is over noise levels. rng: runtime.StepRandom."""
+    if isinstance(schedule, EDM):
+        return (1.2 * rng.normal(()) - 1.2).exp()                             # Karras et al., Table 1
+    return rng.uniform() if schedule.continuous else rng.integers(0, schedule.T)
+
+
 # ---- Training -----------------------------------------------------------------------------------------
 
 
@@ -82,13 +91,16 @@ def main(args, objective=diffusion_loss, method="train"):
     else:
         latent, flow = dataset.scale is not None, args.schedule == "interpolant" or args.model.startswith("SiT")
         arch = models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes, learn_sigma=latent and not flow and objective is diffusion_loss)
-        info = dict(checkpoints.DIT_DEFAULTS, **(checkpoints.SIT if flow else {}), **checkpoints.UNET_DEFAULTS.get(args.model, {}))
+        edm = arch["net"] == "DDPM++"
+        info = dict(checkpoints.DIT_DEFAULTS, **(checkpoints.EDM if edm else checkpoints.SIT if flow else {}), **checkpoints.UNET_DEFAULTS.get(args.model, {}))
         info.update(name=args.model, arch=arch, classes=arch["num_classes"], scale=dataset.scale, cfg=1.5 if latent else 1.0)
     info.update(method=method, prediction=args.prediction or info["prediction"], schedule=args.schedule or info["schedule"])
     data.check_fits(dataset, info)
     schedule = make_schedule(info["schedule"]).to(proc.device)
-    if schedule.continuous != (info["prediction"] == "velocity"):
+    if (info["schedule"] == "interpolant") != (info["prediction"] == "velocity"):
         raise UserError("--prediction velocity goes with --schedule interpolant, and only with it")
+    if info["arch"]["net"] == "DDPM++" and (args.prediction or args.schedule or objective is not diffusion_loss):
+        raise UserError(f"--model {info['name']}: EDM's networks have their own prediction, schedule and loss; leave --prediction and --schedule out")
     if args.dry_run:
         (params, flops), units = models.count(info["arch"]), 3 if objective is diffusion_loss else 4
         return say(proc, f"{info['prediction']} training of {info['name']}, {params / 1e6:.1f}M parameters, on {args.data}: {args.steps:,} steps of batch "
@@ -122,7 +134,8 @@ def main(args, objective=diffusion_loss, method="train"):
     for step in range(start, args.steps):
         x0, y = next(stream)
         rng = StepRandom(proc, args.seed, step, args.batch_size)
-        t = rng.uniform() if schedule.continuous else rng.integers(0, schedule.T)
+        net.dropout, net.rng = DROPOUT, rng  # where a network has dropout, its masks depend on (seed, step) alone, too
+        t = training_times(schedule, rng)
         y = torch.where((rng.uniform() < 0.1).view(-1, *[1] * (y.ndim - 1)), null, y)
         loss, _ = objective(denoise, schedule, x0, y, t, rng.normal(x0.shape[1:]), info["prediction"])
         loss.backward()
@@ -288,6 +301,8 @@ def self_checks(args, info, pairs):
         raise UserError("this model takes the scale of guidance as an input, which SSD and iSSD do not know; give --ckpt one that does not")
     if info["only_node"] is not None:
         raise UserError("this is a student of one step (--only-step), of use only beside its base model; give --ckpt a whole one")
+    if info["schedule"] == "edm":
+        raise UserError("this model has EDM's schedule, along which SSD and iSSD know no steps; kd.py makes it smaller")
     if not 0 <= args.lam <= 1 or not 0 <= args.drop <= 1:
         raise UserError(f"--lam {args.lam}, --drop {args.drop}: must lie between 0 and 1")
     if args.only_step is not None and not 1 <= args.only_step <= pairs:
@@ -353,17 +368,21 @@ def self_arguments(p):
 
 # ---- Arguments ----------------------------------------------------------------------------------------
 
+DROPOUT = 0.1  # of DDPM++ networks, to prevent over-fitting (the KD paper, A.1); no other has any
 POOL = 50_000  # synthetic samples; the paper does not say how many it made
 
 # Upstream DiT trains at a constant 1e-4 with batch 256 and EMA 0.9999 (400,000 steps in its ablations, 7 million for the released XL/2).
 PAPER = dict(steps=400_000, batch_size=256, lr=1e-4, warmup=0, decay="constant", ema=0.9999, clip=0.0, label_std=0.02, log_every=100, save_every=5000)
+# EDM's networks: Karras et al. for CIFAR-10, but 100,000 steps as in the KD paper: a warm-up over 10 million images, an average with a half-life of
+# 0.5 million images, at first of a twentieth of the images seen, which is nearly the warm-up that runtime.EMA has.
+PAPER_EDM = dict(PAPER, steps=100_000, batch_size=512, lr=1e-3, warmup=19_531, ema=0.99929)
 # The small digits model. Upstream's label embedding of 0.02 is hardly heard in so short a run; 1 is.
 DIGITS = dict(steps=2000, batch_size=96, lr=3e-3, warmup=100, decay="cosine", ema=0.995, clip=1.0, label_std=1.0, log_every=100, save_every=500)
 
 
 def fill_defaults(args):
     args.model = args.model or (checkpoints.describe(args.ckpt)["name"] if args.ckpt else "DiT-Ti/2")
-    for key, value in (DIGITS if args.data == "digits" else PAPER).items():
+    for key, value in (DIGITS if args.data == "digits" else PAPER_EDM if args.model.startswith("DDPM++") else PAPER).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every")
@@ -371,7 +390,7 @@ def fill_defaults(args):
 
 def parser():
     p = runtime.Parser(prog="train.py", description=__doc__, formatter_class=runtime.Raw)
-    p.add_argument("--model", help="DiT- or SiT-{Na,Ti,S,B,L,XL}/{1,2,4,8}, LDM-...; default DiT-Ti/2")
+    p.add_argument("--model", help="DiT- or SiT-{Na,Ti,S,B,L,XL}/{1,2,4,8}, LDM-..., DDPM++-{Na,Ti,32,64,96,128,t}; default DiT-Ti/2")
     p.add_argument("--ckpt", help="start from these weights instead of random ones")
     p.add_argument("--data", default="digits", help="digits, mnist, fashion-mnist, cifar10, a folder of images or of cached latents")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
