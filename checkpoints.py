@@ -54,7 +54,7 @@ DIT_DEFAULTS = dict(prediction="eps", schedule="linear", scale=0.18215, grid=Non
                     solver="ddim", threshold="off", only_node=None, null=None)
 SIT = dict(prediction="velocity", schedule="interpolant")
 REPA = dict(SIT, cfg=1.8, cfg_interval=[0.0, 0.7])
-EDM = dict(prediction="edm", schedule="edm", scale=None, cfg=1.0, solver="heun", nfe=35)
+EDM = dict(prediction="edm", schedule="edm", scale=None, cfg=1.0, solver="heun", nfe=35)  # 18 steps, upstream's for CIFAR-10
 LDM = dict(schedule="ldm", scale=1.0, cfg=1.0)
 UNET_DEFAULTS = {"SD-v1.5": dict(schedule="sd", cfg=7.5), "LDM-ImageNet": dict(LDM, cfg=1.5), "LDM-Churches": dict(LDM, schedule="ldm-churches")}
 

@@ -571,12 +571,12 @@ class DDPMpp(nn.Module):
     def raw(self, x, c_noise, y, w=None, tap=None):
         """The network without its preconditioning: scaled x (B, C, H, W), noise labels c_noise (B,), the rest as forward -> F (B, C, H, W)."""
         tap, drop = tap or (lambda l, h: h), self.drop if self.training and self.dropout else None
-        C, dtype = self.arch["model_channels"], self.model["map_layer0"].weight.dtype
-        embed = lambda v: sinusoid(v, C, endpoint=True).roll(C // 2, 1).to(dtype)  # sines first
+        C = self.arch["model_channels"]
+        embed = lambda v: sinusoid(v, C, endpoint=True).roll(C // 2, 1).to(x.dtype)  # sines first
         emb = embed(c_noise)                                            # (B, C)
         if self.num_classes:
             one_hot = y[:, None] == torch.arange(self.num_classes, device=y.device)
-            emb = emb + self.model["map_label"](one_hot.to(dtype) * self.num_classes ** 0.5)
+            emb = emb + self.model["map_label"](one_hot.to(x.dtype) * self.num_classes ** 0.5)
         if self.guidance:
             emb = emb + self.w_embedder(embed(w))
         emb = F.silu(self.model["map_layer1"](F.silu(self.model["map_layer0"](emb))))  # (B, 4C)

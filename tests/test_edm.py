@@ -10,7 +10,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, inside, losses, torchrun, weights
+from conftest import GOLDEN, inside, losses, weights
 
 import checkpoints
 import models
@@ -156,6 +156,19 @@ def test_dropout_can_be_set_and_is_the_same_for_any_number_of_processes():
     assert abs(float(net.drop(h).mean()) - 1) < 0.02 and set(net.drop(h).unique().tolist()) == {0.0, 2.0}
 
 
+def test_half_precision_and_copies():
+    """Under bf16 a frozen copy, whose weights are stored in bf16, gives the same bits; a copy's blocks are its own."""
+    import copy
+    net, x, t, y = digits_net(), torch.randn(4, 1, 8, 8), torch.tensor([0.002, 0.1, 1.0, 80.0]), torch.tensor([0, 3, 9, 10])
+    proc, other = runtime.Processes("bf16"), copy.deepcopy(net)
+    assert other.blocks[1] is other.model["enc"]["8x8_block0"] and other.out[1] is other.model["dec"]["8x8_aux_conv"]
+    half = proc.mixed(proc.frozen(other))(x, t, y)
+    assert other.blocks[1].conv0.weight.dtype == torch.bfloat16 and torch.equal(half, proc.mixed(net.eval())(x, t, y))
+    whole = net(x, t, y)
+    assert half.dtype == torch.float32 and 0 < (half - whole).abs().max() < 0.05 * whole.abs().max()
+    torch.testing.assert_close(copy.deepcopy(net).double()(x.double(), t.double(), y).float(), whole, rtol=1e-4, atol=1e-5)
+
+
 def test_fresh_weights_are_upstreams():
     net = models.build(models.make_arch("DDPM++-32", 8, 1, 10) | {"guidance": True})
     block = net.model["enc"]["8x8_block0"]
@@ -277,14 +290,15 @@ def persistence(monkeypatch):
         def __reduce__(self):
             return rebuild, (self.meta,), None
 
-    def network(sd, kind="EDMPrecond", source="", sigma_data=0.5, params=torch.nn.Parameter):
+    def network(sd, kind="EDMPrecond", source="", sigma_data=0.5):
         """A state dict as nested persistent objects, of which enc and dec are plain ModuleDicts."""
         def node(keys, name, path):
             children = OrderedDict()
             for k in keys:
                 head, _, rest = k.partition(".")
                 children.setdefault(head, []).extend([rest] if rest else [])
-            own = lambda buffer: OrderedDict((k, (lambda v: v if buffer else params(v))(sd[path + k])) for k, rest in children.items() if not rest and (k == "resample_filter") == buffer)
+            own = lambda buffer: OrderedDict((k, sd[path + k] if buffer else torch.nn.Parameter(sd[path + k])) for k, rest in children.items()
+                                             if not rest and (k == "resample_filter") == buffer)
             state = dict(training=False, _parameters=own(False) | {"unused": None}, _buffers=own(True), _non_persistent_buffers_set=set(),
                          _backward_hooks=OrderedDict(), _modules=OrderedDict((k, node(rest, k, f"{path}{k}.")) for k, rest in children.items() if rest))
             if name in ("enc", "dec"):
@@ -431,4 +445,4 @@ def test_what_does_not_go_with_edms_networks(tmp_path, monkeypatch):
     for module in (issd, dsd):
         with pytest.raises(UserError, match="has EDM's schedule"):
             module.main(module.parser().parse_args(["--ckpt", "x.pt", "--eval-samples", "0", "--data", "digits"] if module is issd else ["--ckpt", "x.pt", "--eval-samples", "0"]))
-    assert "99.9" not in inside("train.py", "--model", "DDPM++-96", "--data", "digits", "--dry-run")
+    assert "edm training of DDPM++-t" in (plan := inside("train.py", "--model", "DDPM++-t", "--dry-run")) and "55.7M parameters" in plan
