@@ -1,21 +1,25 @@
 """Tables 1, 2 and 4 of the DSD paper in miniature: every variant, its teacher-student counterpart and progressive distillation on the digits.
 
-    python experiments/dsd_digits.py                 an hour and a half on two CPU cores
+    python experiments/dsd_digits.py                 an hour on two CPU cores
+    python experiments/dsd_digits.py --prediction v  half an hour: teachers that predict v, unguided only
 
 Teachers of 16 steps, 256 updates of batch 64, samples of 2, 4, 8 and 16 steps, all on uniform nodes. Twice: trained without guidance, and as in the
 paper with a scale from 1 to 3, measured with 1.5 then (at 4 steps each also the other way). The learning rate of each method is chosen in the same way on teachers 0
 and 1 (one seed, samples of 2, 4 and 8 steps, guidance 1 and 1.5, by digits-cnn among those that cost at most 0.02 of accuracy and nothing of pixel distance);
 results are of teachers 10, 11, 12, three seeds each. PD (ddil.py without its mixture, on data, unguided) has as many updates, and as many evaluations.
 """
+import argparse
+
 from common import NETWORKS, choose, continued, path, run, teacher, values
 
 TUNE, HELD_OUT, SEEDS, NFES, P = [0, 1], [10, 11, 12], [0, 1, 2], [2, 4, 8, 16], 256
 VARIANTS = ["tsd", "dsdn", "dsdi", "dsdgl", "dsdgexp"]
 MODES = {"1 1": 1.0, "1 3": 1.5}  # guidance in training -> of the samples it is chosen by
 RATES, PD_RATES = [3e-6, 1e-5, 3e-5, 1e-4], [1e-4, 3e-4, 1e-3]
-UNIFORM = {"grid": "uniform"}
+UNIFORM, PREDICTION = {"grid": "uniform"}, "eps"
 
-base = teacher
+def base(T):
+    return teacher(T, prediction=PREDICTION)
 
 
 def student(T, seed, variant, w, lr, steps=P):
@@ -31,12 +35,14 @@ def row(T, nfe, cfg):
     return nfe, cfg, T + 100, None, UNIFORM
 
 
-def cell(command, T, nfe, cfg):
+def cell(command, T, nfe, cfg, file=None):
     """(command, row, file): PD keeps a file for every number of steps."""
-    return (command, row(T, nfe, cfg)) + ((f"nfe{nfe}.pt",) if command.startswith("ddil") else ())
+    return (command, row(T, nfe, cfg)) + ((file or f"nfe{nfe}.pt",) if command.startswith("ddil") else ())
 
 
-def main():
+def main(args):
+    global PREDICTION, MODES
+    PREDICTION, MODES = args.prediction, MODES if args.prediction == "eps" else {"1 1": 1.0}
     run([(base(T), []) for T in TUNE + HELD_OUT])
 
     # The learning rates:
@@ -58,14 +64,17 @@ def main():
     weight = "snr" if better(get, settings, chosen) else "output"
     print(f"PD takes weight {weight}")
     rows |= {"PD, equal updates": lambda T, s: pd(T, s, chosen["pd", weight], P, weight),
-             "PD, equal evaluations": lambda T, s: pd(T, s, chosen["pd", weight], round(P * 2 / 3), weight)}
+             "PD, equal evaluations": lambda T, s: pd(T, s, chosen["pd", weight], round(P * 2 / 3), weight),
+             "PD, its 2-step student": lambda T, s: pd(T, s, chosen["pd", weight], P, weight)}
     own = lambda name: 1.5 if name.endswith("1 3") else 1.0  # measured as chosen at every number of steps, the other way at 4; base both ways
-    places = lambda name: [(nfe, cfg) for cfg in (1.0, 1.5) for nfe in NFES if (cfg == own(name) or nfe == 4 or name == "base") and not (name.startswith("PD") and nfe == 16)]
-    cells = {(name, nfe, cfg): [[cell(make(T, s), T, nfe, cfg) for s in SEEDS[:1 if name == "base" else 3]] for T in HELD_OUT]
+    places = lambda name: [(nfe, cfg) for cfg in (1.0, 1.5) for nfe in NFES if (cfg == own(name) or cfg in MODES.values() and (nfe == 4 or name == "base")) and not (name.startswith("PD") and nfe == 16)]
+    cells = {(name, nfe, cfg): [[cell(make(T, s), T, nfe, cfg, "nfe2.pt" if "2-step" in name else None) for s in SEEDS[:1 if name == "base" else 3]] for T in HELD_OUT]
              for name, make in rows.items() for nfe, cfg in places(name)}
     get = run(jobs([cells]))
     for cfg in (1.0, 1.5):
         for nfe in NFES:
+            if ("base", nfe, cfg) not in cells:
+                continue
             print(f"\n{nfe} steps, guidance {cfg:g}\n| | FD digits-cnn | FD digits-mlp | pixel distance | accuracy | contrast | beyond the range | gain on base (cnn, mlp) |\n|" + "---|" * 8)
             for name in rows:
                 if (name, nfe, cfg) in cells:
@@ -97,4 +106,6 @@ def show(get, name, cells, base):
 
 
 if __name__ == "__main__":
-    main()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--prediction", choices=["eps", "v"], default="eps")
+    main(p.parse_args())
