@@ -252,10 +252,11 @@ class EMA:
         self.weights = {k: v.detach().clone() for k, v in net.state_dict().items()} if decay else None
 
     @torch.no_grad()
-    def update(self, net, n):
+    def update(self, net, n, decay=None):
+        """After step n, counted from 0. decay: in place of decay_n."""
         if self.decay:
             sd = net.state_dict()
-            torch._foreach_lerp_(list(self.weights.values()), [sd[k] for k in self.weights], 1 - min(self.decay, (1 + n) / (10 + n)))
+            torch._foreach_lerp_(list(self.weights.values()), [sd[k] for k in self.weights], 1 - (min(self.decay, (1 + n) / (10 + n)) if decay is None else decay))
 
     def load(self, weights):
         for k, v in weights.items() if self.decay else ():

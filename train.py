@@ -168,7 +168,8 @@ def learning_rate(step, args):
 
 def teacher(out, seed=0, prediction="eps"):
     """The checkpoint that `python train.py --out OUT --seed SEED --prediction PREDICTION` makes, made now unless it is there."""
-    return main(parser().parse_args(["--out", str(out), "--seed", str(seed)] + ["--prediction", prediction] * (prediction != "eps")))
+    kind = {"eps": [], "edm": ["--model", "DDPM++-Ti"]}.get(prediction, ["--prediction", prediction])
+    return main(parser().parse_args(["--out", str(out), "--seed", str(seed), *kind]))
 
 
 def continued(args, source):
@@ -183,8 +184,9 @@ def describe_base(args, prediction="eps"):
     """What base_model(args) will load: checkpoints.describe's dict, without touching weights. The base model is --ckpt PATH or URL; with
     --model alone the released weights; with neither the digits' teacher, which makes this prediction."""
     if args.model is None and args.ckpt is None:
-        arch = models.make_arch("DiT-Ti/2", 8, 1, 10, learn_sigma=False)
-        return dict(checkpoints.DIT_DEFAULTS, name="DiT-Ti/2", arch=arch, classes=10, scale=None, prediction=prediction, cfg=1.0, method="train")
+        name, more = ("DDPM++-Ti", checkpoints.EDM) if prediction == "edm" else ("DiT-Ti/2", {})
+        made = dict(checkpoints.DIT_DEFAULTS, scale=None, prediction=prediction, cfg=1.0, method="train", **more) if not more else {**checkpoints.DIT_DEFAULTS, **more, "method": "train"}
+        return {**made, "name": name, "arch": models.make_arch(name, 8, 1, 10, learn_sigma=False), "classes": 10}
     remote = args.ckpt is None or "://" in args.ckpt
     if remote and args.ckpt and not args.dry_run:
         args.ckpt = str(checkpoints.fetch(args.ckpt, runtime.CACHE, check=lambda path: checkpoints.load_model(path, args.model, args.image_size)))

@@ -1,0 +1,232 @@
+"""KD: knowledge distillation into a smaller network (Dockhorn et al., "Distilling the Knowledge in Diffusion Models").
+
+A student D_theta, smaller than its frozen teacher D_phi and made of random weights, learns what the teacher says of any noisy image:
+
+    repeat
+        (x0, c) ~ data,  ln sigma ~ N(-1.2, 1.2^2),  n ~ N(0, sigma^2 I),  x = x0 + n
+        L = lambda_sigma | D_theta(x; sigma, c) - D_phi(x; sigma, c) |^2                                            Eq. 5
+    sample with Heun's method: N steps, 2N - 1 evaluations.
+
+--w, guided distillation: the student takes the strength w ~ U[w_min, w_max] as an input, and does in one evaluation what guidance does in two:
+
+        L = lambda_sigma | D_theta(x; sigma, c, w) - D_phi^w(x; sigma, c) |^2                                       Eq. 6
+        D_phi^w(x; sigma, c) = (1 + w) D_phi(x; sigma, c) - w D_phi(x; sigma)                                       Eq. 4
+
+The paper's teachers are two networks, with classes and without (--uncond); one that knows the null label serves as well. --drop: Eq. 5 with the label
+dropped, for a student that is guided as usual. --alpha: mixed training, (1 - alpha) Eq. 5 + alpha | D_theta - x0 |^2 (Eq. 7); --alpha 1 is the
+baseline, denoising score matching (Eq. 3), with its dropout.
+
+Differences from the paper. Scales of guidance are the other scripts': ours is 1 + w, 1 is none. Student and teacher share the preconditioning, for
+which lambda_sigma c_out^2 = 1: the loss is the mean square of the outputs' difference, and any of our networks takes part (DiT -> smaller DiT), with its own
+times. The average's half-life is printed as 50 million images, the whole of the run; EDM, which it follows, has 0.5 million, and a ramp-up:
+so have we. No nan_to_num: a bad gradient stops the run. No augmentation. How the student takes w, it does not say: embedded as the noise level is, starting at zero.
+
+    python kd.py                                                                      the digits, minutes on two CPU cores
+    python kd.py --model DDPM++-t-uncond --student DDPM++-96 --data cifar10           one GPU
+    torchrun --nproc_per_node 8 kd.py --model DDPM++-t --uncond UNCOND.pkl --student DDPM++-96 --w 1 4 --data cifar10
+
+Writes runs/kd/{last.pt, log.jsonl, metrics.json, samples.png}.
+"""
+import argparse
+import math
+import time
+
+import torch
+
+import checkpoints
+import data
+import models
+import runtime
+import train
+from runtime import EMA, Guard, Log, Processes, StepRandom, Stop, UserError, say
+from solvers import add_noise, column, from_x0_eps, guide, make_schedule
+
+# ---- Method -------------------------------------------------------------------------------------------
+
+
+def guided_by(cond, uncond):
+    """Eq. 4 with two networks -> net(x, t, y, w) as of one that takes the scale w (B,) as an input: 1 + the paper's, 1 is no guidance."""
+    def net(x, t, y, w):
+        C, w, nothing = x.shape[1], column(w, x), torch.full_like(y, uncond.num_classes)
+        return w * cond(x, t, y)[:, :C] - (w - 1) * uncond(x, t, nothing)[:, :C]                   # (B, C, H, W)
+    net.guidance, net.num_classes = True, cond.num_classes
+    return net
+
+
+def kd_loss(student, teacher, schedule, x0, y, t, noise, w=None, prediction="edm", alpha=0.0):
+    """Eq. 5; with scales of guidance w (B,) Eq. 6; with alpha > 0 Eq. 7, of which alpha = 1 is Eq. 3 -> the loss.
+
+    x0, noise (B, C, H, W); y (B,) labels, already dropped; t (B,) times of the schedule. student, teacher: net(x, t, y), or net(x, t, y, w) where they
+    take w. A mean square of outputs is lambda_sigma |D - D|^2 where the preconditioning is one and the same, since lambda_sigma c_out^2 = 1.
+    """
+    C, x_t = x0.shape[1], add_noise(schedule, x0, noise, t)
+    guided = lambda net: net if w is None else guide(net, w)                                       # both halves, or w as an input
+    out, loss = guided(student)(x_t, t, y)[:, :C], 0.0                                             # (B, C, H, W)
+    if alpha < 1:
+        with torch.no_grad():
+            target = guided(teacher)(x_t, t, y)[:, :C]                                             # D_phi, or D_phi^w of Eq. 4
+        loss = (1 - alpha) * (out - target).square().mean()                                        # Eq. 5, 6
+    if alpha > 0:
+        loss = loss + alpha * (out - from_x0_eps(schedule, x0, noise, t, prediction)).square().mean()   # Eq. 3
+    return loss                                                                                    # Eq. 7
+
+
+def ema_decay(images, batch, half_life):
+    """Decay of the average at a step: a half-life in images, at first a twentieth of the images seen (EDM)."""
+    return 0.5 ** (batch / max(min(half_life, 0.05 * images), 1e-8))
+
+
+# ---- Training -----------------------------------------------------------------------------------------
+
+
+def main(args):
+    proc, began = Processes(args.amp), time.perf_counter()
+    info = train.describe_base(args, "edm")
+    arch = fill_defaults(args, info)
+    proc.check_batch(args.batch_size)
+    schedule, pred = make_schedule(info["schedule"]).to(proc.device), info["prediction"]
+    if args.dry_run:
+        return say(proc, plan(args, info, proc, arch))
+
+    # The teacher is frozen; the student starts from random weights:
+    base, base_info = train.base_model(args, "edm")
+    teacher = proc.mixed(proc.frozen(base, args.compile))
+    torch.manual_seed(args.seed)
+    net = models.build(arch)
+    ema = EMA(net.to(proc.device), 1.0)
+    student, opt = proc.student(net, args.compile), runtime.adamw(net, args.lr)
+    info = {**base_info, "name": args.student, "arch": arch, "method": "kd", "nfe": args.nfe, "cfg": args.cfg}
+    if args.uncond:
+        teacher = guided_by(teacher, proc.mixed(proc.frozen(load_uncond(args, base_info), args.compile)))
+
+    # Resume:
+    state, start = runtime.prepare(args, proc), 0
+    if state:
+        start = state["step"]
+        net.load_state_dict(state["model"])
+        opt.load_state_dict(state["opt"])
+        ema.load(state["ema"])
+        del state
+        if start >= args.steps and train.measured(args):
+            return train.report(args, proc)
+
+    # Setup data; without any, the teacher's own samples:
+    dataset, _ = train.training_data(args, teacher, base_info, proc)
+    info["null"], null = (dataset.null, dataset.null.to(proc.device)) if dataset.text else (None, info["classes"])
+    B, student_out = args.batch_size, proc.mixed(student)
+    guard, stop, log = Guard(proc), Stop(proc), Log(args, proc, start, args.steps, "kd")
+    stream = data.batches(dataset, proc, args.seed, B, start)
+    for step in range(start, args.steps):
+        (x0, y), rng = next(stream), StepRandom(proc, args.seed, step, B)
+        net.dropout, net.rng = args.dropout, rng  # where a network has dropout, its masks depend on (seed, step) alone, too
+        t = train.training_times(schedule, rng)
+        y = torch.where((rng.uniform() < args.drop).view(-1, *[1] * (y.ndim - 1)), null, y)
+        w = args.w[0] + (args.w[1] - args.w[0]) * rng.uniform() if args.w else None
+        loss = kd_loss(student_out, teacher, schedule, x0, y, t, rng.normal(x0.shape[1:]), w, pred, args.alpha)
+        loss.backward()
+        for group in opt.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / max(args.warmup, 1))
+        guard.update(opt, loss, step)
+        ema.update(net, step, ema_decay((step + 1) * B, B, args.half_life))
+
+        done, ended = step + 1, stop.now()
+        if log.step(done, loss):
+            guard.check(args.out)
+        if done % args.save_every == 0 or done == args.steps or ended:
+            guard.check(args.out)
+            runtime.save(args, proc, {"model": net.state_dict(), "ema": ema.state_dict(net), "opt": opt.state_dict(), "step": done, **info})
+        if ended and done < args.steps:
+            runtime.stopped(args, proc, done)
+    log.close(), stop.restore()
+    proc.barrier()  # the others read what rank 0 has written
+
+    # Teacher, student and the baseline, score matching for as many steps, on the same noise and labels:
+    entries = {}
+    if args.eval_samples:
+        say(proc, f"the control: score matching (Eq. 3) for {args.steps} steps")
+        main(argparse.Namespace(**{**vars(args), "alpha": 1.0, "dropout": DROPOUT, "w": None, "uncond": None, "out": f"{args.out}/dsm", "eval_samples": 0}))
+        files = {"score matching": f"{args.out}/dsm/last.pt", "after": f"{args.out}/last.pt"}
+        nets = {"before": (teacher, base_info), **{k: (proc.mixed(proc.frozen(net)), made) for k, (net, made) in ((k, checkpoints.load_model(f)) for k, f in files.items())}}
+        entries = {name + (f", {nfe} evaluations" if nfe != args.nfe else ""): (net, made, nfe, args.cfg) for nfe in sorted({args.nfe, 9}) for name, (net, made) in nets.items()}
+    train.measure(args, proc, "kd", time.perf_counter() - began, entries)
+
+
+def load_uncond(args, info):
+    """The second network of Eq. 4, which knows no classes. Raises UserError."""
+    net, other = checkpoints.load_model(args.uncond)
+    if other["classes"] or any(other[k] != info[k] for k in ("prediction", "schedule", "scale")) or net.arch["in_channels"] != info["arch"]["in_channels"]:
+        raise UserError(f"--uncond {args.uncond}: must be like the teacher, but without classes")
+    return net
+
+
+def plan(args, info, proc, arch):
+    """What --dry-run prints."""
+    (params, flops), (teacher_params, teacher_flops) = models.count(arch), models.count(info["arch"])
+    guided, halves = args.cfg != 1, 1 if args.w else 2
+    cost = lambda flops, N, nets: f"{(2 * N - 1) * flops * nets / 1e9:.4g}"
+    table = [f"             {N:2} steps, {2 * N - 1:2} evaluations: student {cost(flops, N, halves if guided else 1)}, teacher {cost(teacher_flops, N, 2 if guided else 1)}" for N in (3, 5, 10, 18)]
+    step = 3 * flops + (teacher_flops * (2 if args.w else 1) if args.alpha < 1 else 0)
+    return "\n".join([
+        f"KD of {info['name']}, {teacher_params / 1e6:.1f}M parameters, {teacher_flops / 1e9:.4g} GFLOP a forward and sample, into {args.student}, {params / 1e6:.1f}M, {flops / 1e9:.4g} GFLOP",
+        f"training     {args.steps:,} steps of {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), lr {args.lr:g} after {args.warmup:,} steps, half-life {args.half_life:,} images, "
+        + (f"scales of guidance {args.w[0]:g} to {args.w[1]:g}" if args.w else f"labels dropped {args.drop:g}") + f", alpha {args.alpha:g}, dropout {args.dropout:g}, on {args.data}",
+        f"cost         {step * args.batch_size:.3g} FLOP a step, {args.steps * step * args.batch_size:.3g} FLOP in all",
+        f"sampling     GFLOP a sample by Heun's method, guidance {args.cfg:g}", *table])
+
+
+# ---- Arguments ----------------------------------------------------------------------------------------
+
+DROPOUT = 0.1  # of the baseline alone (A.1)
+# A.1; lr ramp-up over 10 million images and the half-life as in EDM.
+PAPER = dict(student="DDPM++-96", steps=100_000, batch_size=512, lr=1e-3, warmup=19_531, half_life=500_000, nfe=19, eval_samples=0, log_every=100, save_every=1000)
+SD = dict(student="SD-KD", steps=100_000, batch_size=512, lr=3e-4, warmup=0, half_life=500_000, nfe=50, eval_samples=0, log_every=100, save_every=1000)  # A.2
+DIGITS = dict(student="DDPM++-Na", data="digits", steps=600, batch_size=96, lr=3e-3, warmup=50, half_life=10_000, nfe=19, eval_samples=2000, log_every=50, save_every=200)
+
+
+def fill_defaults(args, info):
+    """Defaults for the digits and for the rest; returns the student's arch."""
+    cifar = info["arch"]["input_size"] == 32 and info["scale"] is None
+    args.dropout = args.dropout if args.dropout is not None else DROPOUT if args.alpha == 1 else 0.0
+    preset = DIGITS if train.is_digits(info) else SD if info["arch"].get("context") == "text" else PAPER
+    args.drop = args.drop if args.drop is not None else 0.1 if info["classes"] and info["method"] and not args.w else 0.0  # released DDPM++ have not learned the null label
+    train.fill(args, info, {"data": "cifar10" if cifar else f"synthetic:{info['nfe'] or 50}", **preset})
+    runtime.check_positive(args, "half_life")
+    if not 0 <= args.alpha <= 1 or not 0 <= args.drop <= 1 or not 0 <= args.dropout < 1 or args.warmup < 0:
+        raise UserError("--alpha, --drop and --dropout must lie between 0 and 1, --warmup must not be negative")
+    if args.w and not (1 <= args.w[0] <= args.w[1] < math.inf and info["classes"]):
+        raise UserError("--w takes two scales of guidance of at least 1 in their order, and wants a teacher with classes")
+    if args.uncond and not args.w:
+        raise UserError("--uncond is the second network of guided distillation: say how far with --w 1 4")
+    if info["arch"].get("guidance") or info["only_node"] is not None:
+        raise UserError("this teacher takes the scale of guidance as an input, or makes one step only; give --ckpt a whole one")
+    arch = models.make_arch(args.student, info["arch"]["input_size"], info["arch"]["in_channels"], info["classes"])
+    return {**arch, "guidance": True} if args.w else arch
+
+
+def parser():
+    p = runtime.Parser(prog="kd.py", description=__doc__, formatter_class=runtime.Raw)
+    p.add_argument("--model", help="the teacher: DDPM++-t-uncond, DDPM++-t, DiT-XL/2, ...; released weights are fetched where there are any")
+    p.add_argument("--image-size", type=int, help="of the released weights (default: what they were made for)")
+    p.add_argument("--ckpt", help="the teacher: a checkpoint's path or URL, ours or upstream's; default: a DDPM++ of the digits, made here")
+    p.add_argument("--student", help="DDPM++-{32,64,96,128}, DiT-S/2, ... (default DDPM++-96, digits DDPM++-Na)")
+    p.add_argument("--data", help="digits, mnist, cifar10, ..., a folder of images or cached latents, or synthetic:STEPS")
+    p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
+    p.add_argument("--w", type=float, nargs=2, metavar="SCALE", help="guided distillation: range of the scales that the student takes as an input; 1 4 is the paper's 0 to 3")
+    p.add_argument("--uncond", metavar="CKPT", help="the teacher without classes, for --w; default: the teacher itself with the null label")
+    p.add_argument("--drop", type=float, metavar="P", help="probability of the null label (default 0.1 where the teacher knows it and --w is not given)")
+    p.add_argument("--alpha", type=float, default=0.0, help="Eq. 7: weight of score matching; 1 is the baseline")
+    p.add_argument("--dropout", type=float, metavar="P", help="in DDPM++ students (default 0; 0.1 with --alpha 1)")
+    p.add_argument("--half-life", type=float, metavar="IMAGES", help="of the averaged weights (default 500,000)")
+    p.add_argument("--nfe", type=int, help="evaluations of the network when sampling; Heun's N steps take 2N - 1 (default 19)")
+    p.add_argument("--cfg", type=float, help="guidance when sampling (1: none)")
+    p.add_argument("--steps", type=int)
+    p.add_argument("--batch-size", type=int, help="of all processes together")
+    p.add_argument("--lr", type=float)
+    p.add_argument("--warmup", type=int, help="steps over which the learning rate rises (default: 10 million images)")
+    p.add_argument("--eval-samples", type=int, help="samples per row of the table (digits: 2000, else 0)")
+    runtime.common_arguments(p, "runs/kd")
+    return p
+
+
+if __name__ == "__main__":
+    runtime.run(main, parser().parse_args())
