@@ -293,8 +293,9 @@ def table(rows, features):
              "accuracy": ("class accuracy", 3), "pixel_fd": ("pixel distance", 3)}
     heads = {k: h for k, h in heads.items() if any(k in r for r in rows.values())}
     width = {k: max(len(h), 7) + 3 for k, (h, _) in heads.items()}
-    lines = [" " * 24 + "".join(f"{h:>{width[k]}}" for k, (h, _) in heads.items())]
-    return "\n".join(lines + [f"{name:24}" + "".join(f"{r[k]:{width[k]}.{d}f}" for k, (_, d) in heads.items()) for name, r in rows.items()])
+    first = max(24, *(len(name) for name in rows))
+    lines = [" " * first + "".join(f"{h:>{width[k]}}" for k, (h, _) in heads.items())]
+    return "\n".join(lines + [f"{name:{first}}" + "".join(f"{r[k]:{width[k]}.{d}f}" for k, (_, d) in heads.items()) for name, r in rows.items()])
 
 
 # ---------------------------------------------------------------------------------------------------
