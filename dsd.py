@@ -255,10 +255,8 @@ def fill_defaults(args, info, schedule):
         raise UserError("--data and --mix are for --from-scratch: a model that distils itself needs no data")
     train.fill(args, info, DIGITS if train.is_digits(info) else {**PAPER, **TABLE_3[info["classes"] > 0]})
     check(args)
-    if info["arch"].get("context") == "text" or info["arch"].get("guidance") or info["only_node"] is not None:
-        raise UserError("this model takes prompts or the scale of guidance as an input, or is a student of one step; give --ckpt a whole one with labels or none")
-    if info["schedule"] == "edm":
-        raise UserError("this model has EDM's schedule, whose noise DSD does not know how to space; kd.py makes it smaller")
+    if info["arch"].get("context") == "text" or info["arch"].get("guidance") or info["only_node"] is not None or info["schedule"] == "edm":
+        raise UserError("this model takes prompts or the scale of guidance as an input, is a student of one step, or has EDM's schedule; give --ckpt a whole one with labels or none")
     if not 0 < args.w[0] <= args.w[1] < math.inf:
         raise UserError(f"--w {args.w[0]:g} {args.w[1]:g}: two scales of guidance in their order")
     if info["cfg_interval"] and args.w != [1, 1]:

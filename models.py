@@ -624,6 +624,7 @@ UNETS = {  # upstream's configurations
     "LDM-Churches": dict(input_size=32, in_channels=4, model_channels=192, channel_mult=[1, 2, 2, 4, 4], attention_resolutions=[1, 2, 4, 8],
                          num_heads=8, use_scale_shift_norm=True, resblock_updown=True),
 }
+UNETS["SD-KD"] = dict(UNETS["SD-v1.5"], model_channels=192, attention_resolutions=[4, 2])  # the KD paper's student, A.2: it counts 200M, this has 309M
 
 
 DDPMPP = {  # Table 1 of the KD paper, its teacher "t" and its students by their channels; Ti and Na are ours, for the embedded 8x8 digits

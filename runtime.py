@@ -245,7 +245,7 @@ class StepRandom:
 
 
 class EMA:
-    """Average of the weights with warm-up: decay_n = min(decay, (1 + n) / (10 + n)). decay = 0 keeps none."""
+    """Average of the weights with warm-up: decay_n = min(decay, (1 + n) / (10 + n)), or what update() is told. decay = 0 keeps none."""
 
     def __init__(self, net, decay):
         self.decay = decay
@@ -253,7 +253,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self, net, n, decay=None):
-        """After step n, counted from 0. decay: in place of decay_n."""
         if self.decay:
             sd = net.state_dict()
             torch._foreach_lerp_(list(self.weights.values()), [sd[k] for k in self.weights], 1 - (min(self.decay, (1 + n) / (10 + n)) if decay is None else decay))

@@ -14,13 +14,14 @@ import dsd
 import encode
 import fid
 import issd
+import kd
 import models
 import runtime
 import sample
 import ssd
 import train
 
-MODULES = {"issd": issd, "ssd": ssd, "train": train, "sample": sample, "fid": fid, "ddil": ddil, "dsd": dsd, "encode": encode}
+MODULES = {"issd": issd, "ssd": ssd, "train": train, "sample": sample, "fid": fid, "ddil": ddil, "dsd": dsd, "kd": kd, "encode": encode}
 
 
 @pytest.fixture
@@ -80,6 +81,18 @@ def test_what_dsd_refuses(fails, ckpt, tiny, tmp_path):
     assert "--nfe 2000" in scratch("--nfe", 2000)
     assert "--mix takes two weights" in scratch("--mix", "nan", 1)
     assert not list(tmp_path.glob("runs/*/last.pt"))
+
+
+def test_what_kd_refuses(fails, ckpt, tiny, tmp_path):
+    call = lambda *words, ckpt=ckpt: fails("kd", "--ckpt", ckpt, "--eval-samples", 0, "--student", "DiT-Na/2", *words)
+    assert "unknown" in call("--student", "DiT-Q/2")
+    assert "between 0 and 1" in call("--alpha", 1.5) and "between 0 and 1" in call("--dropout", 1)
+    assert "of at least 1 in their order" in call("--w", 4, 1) and "of at least 1" in call("--w", 0, 3)
+    assert "say how far with --w" in call("--uncond", ckpt)
+    assert "must be like the teacher" in call("--w", 1, 4, "--uncond", ckpt)
+    assert "must be positive" in call("--half-life", 0)
+    torch.save(checkpoint(models.with_guidance(tiny), arch={**tiny.arch, "guidance": True}), tmp_path / "w.pt")
+    assert "give --ckpt a whole one" in call(ckpt=tmp_path / "w.pt")
 
 
 def test_flags_pass_torchrun():
