@@ -19,7 +19,7 @@ as printed; shares e^(1/(N_i - 2)) seem to be meant. Its text has another target
 authors' code: 1; here 8), warm-up (5 %), one w per sample and trajectory, guidance of the samples, N of the pairs in Eq. 1 (128). The loss is a mean, its
 gradient clipped at 1; no thresholds; EMA weights are sampled, TSD's teacher is the raw student. Nodes: round(T j / N) - 1, also to sample.
 
-    python dsd.py                                                   the digits, a minute on two CPU cores
+    python dsd.py                                                   the digits, a minute and a half on two CPU cores
     python dsd.py --model LDM-ImageNet --ckpt model.ckpt            one GPU
     torchrun --nproc_per_node 8 dsd.py --model LDM-CelebAHQ --ckpt model.ckpt --variant dsdi
 
