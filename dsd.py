@@ -125,7 +125,7 @@ def main(args):
     updates = fill_defaults(args, info, schedule)
     proc.check_batch(args.batch_size)
     kind = None if schedule.continuous else "uniform"
-    grids = {N: schedule_grid(schedule, kind, N) for N, _ in updates}
+    grids = {N: schedule_grid(schedule, kind, N) for N in dict(updates)}
     if args.dry_run:
         return say(proc, plan(args, info, proc, updates))
 

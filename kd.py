@@ -144,7 +144,8 @@ def main(args):
     entries = {}
     if args.eval_samples:
         say(proc, f"the control: score matching (Eq. 3) for {args.steps} steps")
-        main(argparse.Namespace(**{**vars(args), "alpha": 1.0, "dropout": DROPOUT, "w": None, "uncond": None, "out": f"{args.out}/dsm", "eval_samples": 0}))
+        main(argparse.Namespace(**{**vars(args), "alpha": 1.0, "dropout": train.DROPOUT, "w": None, "uncond": None, "out": f"{args.out}/dsm", "eval_samples": 0,
+                                      "drop": 0.1 if args.w else args.drop}))  # guided as usual, so it must know the null label
         files = {"score matching": f"{args.out}/dsm/last.pt", "after": f"{args.out}/last.pt"}
         nets = {"before": (teacher, base_info), **{k: (proc.mixed(proc.frozen(net)), made) for k, (net, made) in ((k, checkpoints.load_model(f)) for k, f in files.items())}}
         entries = {name + (f", {nfe} evaluations" if nfe != args.nfe else ""): (net, made, nfe, args.cfg) for nfe in sorted({args.nfe, 9}) for name, (net, made) in nets.items()}
@@ -176,7 +177,6 @@ def plan(args, info, proc, arch):
 
 # ---- Arguments ----------------------------------------------------------------------------------------
 
-DROPOUT = 0.1  # of the baseline alone (A.1)
 # A.1; lr ramp-up over 10 million images and the half-life as in EDM.
 PAPER = dict(student="DDPM++-96", steps=100_000, batch_size=512, lr=1e-3, warmup=19_531, half_life=500_000, nfe=19, eval_samples=0, log_every=100, save_every=1000)
 SD = dict(student="SD-KD", steps=100_000, batch_size=512, lr=3e-4, warmup=0, half_life=500_000, nfe=50, eval_samples=0, log_every=100, save_every=1000)  # A.2
@@ -186,7 +186,7 @@ DIGITS = dict(student="DDPM++-Na", data="digits", steps=600, batch_size=96, lr=3
 def fill_defaults(args, info):
     """Defaults for the digits and for the rest; returns the student's arch."""
     cifar = info["arch"]["input_size"] == 32 and info["scale"] is None
-    args.dropout = args.dropout if args.dropout is not None else DROPOUT if args.alpha == 1 else 0.0
+    args.dropout = args.dropout if args.dropout is not None else train.DROPOUT if args.alpha == 1 else 0.0  # the baseline's alone (A.1)
     preset = DIGITS if train.is_digits(info) else SD if info["arch"].get("context") == "text" else PAPER
     args.drop = args.drop if args.drop is not None else 0.1 if info["classes"] and info["method"] and not args.w else 0.0  # released DDPM++ have not learned the null label
     train.fill(args, info, {"data": "cifar10" if cifar else f"synthetic:{info['nfe'] or 50}", **preset})

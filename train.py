@@ -185,8 +185,8 @@ def describe_base(args, prediction="eps"):
     --model alone the released weights; with neither the digits' teacher, which makes this prediction."""
     if args.model is None and args.ckpt is None:
         name, more = ("DDPM++-Ti", checkpoints.EDM) if prediction == "edm" else ("DiT-Ti/2", {})
-        made = dict(checkpoints.DIT_DEFAULTS, scale=None, prediction=prediction, cfg=1.0, method="train", **more) if not more else {**checkpoints.DIT_DEFAULTS, **more, "method": "train"}
-        return {**made, "name": name, "arch": models.make_arch(name, 8, 1, 10, learn_sigma=False), "classes": 10}
+        made = dict(name=name, arch=models.make_arch(name, 8, 1, 10, learn_sigma=False), classes=10, scale=None, prediction=prediction, cfg=1.0, method="train")
+        return {**checkpoints.DIT_DEFAULTS, **made, **more}
     remote = args.ckpt is None or "://" in args.ckpt
     if remote and args.ckpt and not args.dry_run:
         args.ckpt = str(checkpoints.fetch(args.ckpt, runtime.CACHE, check=lambda path: checkpoints.load_model(path, args.model, args.image_size)))

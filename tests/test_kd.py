@@ -4,14 +4,13 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, checkpoint, inside, losses, torchrun, weights
+from conftest import ROOT, checkpoint, inside, losses, torchrun
 from test_runs import same, start_and_signal
 
 import checkpoints
 import kd
 import models
 import train
-from runtime import Processes, StepRandom
 from solvers import SIGMA_DATA, add_noise, from_x0_eps, guide, make_schedule, to_x0_eps
 
 S = make_schedule("edm")
@@ -172,7 +171,7 @@ def test_two_teachers_and_the_table(tmp_path, teacher):
     assert all(row in out for row in ("before, 9 evaluations", "score matching", "after kd")) and (tmp_path / "out" / "samples.png").exists()
     assert inside(*command) in out
     dsm = torch.load(tmp_path / "out" / "dsm" / "last.pt", weights_only=True)
-    assert "guidance" not in dsm["arch"] and dsm["args"]["alpha"] == 1 and dsm["args"]["dropout"] == 0.1
+    assert "guidance" not in dsm["arch"] and dsm["args"]["alpha"] == 1 and dsm["args"]["dropout"] == dsm["args"]["drop"] == 0.1
 
 
 def test_the_plan_counts_what_the_paper_counts():
