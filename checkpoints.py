@@ -205,16 +205,18 @@ def describe_edm(ckpt, held, sd, name):
         sides = sorted({int(side) for k in sd for side in re.findall(r"^model\.enc\.(\d+)x", k)}, reverse=True)
         levels, top = [f"model.enc.{side}x{side}_block" for side in sides], f"{sides[0]}x{sides[0]}"
         channels, in_channels = sd[f"model.enc.{top}_conv.weight"].shape[:2]
-        size = dict(model_channels=channels, num_blocks=sum(k.startswith(levels[0]) and k.endswith(".conv0.weight") for k in sd),
-                    channel_mult=[len(sd[level + "0.conv0.weight"]) // channels for level in levels])
+        blocks = sum(k.startswith(levels[0]) and k.endswith(".conv0.weight") for k in sd)
+        mult = [len(sd[level + "0.conv0.weight"]) // channels for level in levels]
         sd[f"model.dec.{top}_aux_conv.weight"]  # ADM has none
     except (LookupError, ValueError, TypeError, ArithmeticError):
         raise UserError(f"checkpoint {ckpt}: these are not the weights of a DDPM++; of EDM's networks (DDPM++, NCSN++, ADM) only that one is known")
     attention = [side for side, level in zip(sides, levels) if level + "0.qkv.weight" in sd]
     columns = lambda key: sd[key].shape[1] if key in sd else 0
-    arch = dict(size, net="DDPM++", input_size=sides[0], in_channels=in_channels, attn_resolutions=attention,
+    arch = dict(net="DDPM++", model_channels=channels, num_blocks=blocks, channel_mult=mult, input_size=sides[0], in_channels=in_channels, attn_resolutions=attention,
                 num_classes=columns("model.map_label.weight"), augment_dim=columns("model.map_augment.weight"))
-    own = next((n for n in DDPMPP if DDPMPP[n] == size), "DDPM++") + ("" if arch["num_classes"] else "-uncond")
+    size = f"{channels}x{blocks}"
+    size = "-" + next((n for n in DDPMPP if DDPMPP[n] == size), size) if set(mult) == {2} else ""
+    own = "DDPM++" + size + ("" if arch["num_classes"] else "-uncond")
     if name and name != own:
         raise UserError(f"checkpoint {ckpt} holds {own}, not --model {name}; leave --model out")
     return dict(DIT_DEFAULTS, **EDM, name=own, classes=arch["num_classes"], arch=arch)
@@ -248,7 +250,7 @@ def describe(ckpt, name=None, image_size=None):
         arch = make_arch(name, side, UNETS[name]["in_channels"], classes)
         if "scale_factor" in held.get("state_dict", held):  # measured on the data when its training began
             more["scale"] = float(held.get("state_dict", held)["scale_factor"])
-    elif name.removesuffix("-uncond") in DDPMPP:
+    elif name.startswith("DDPM++"):
         arch, more = make_arch(name, image_size or 32, 3, 10), EDM  # CIFAR-10's
     else:
         repa = name.endswith("-REPA") or any(k.startswith("projectors.") for k in sd)

@@ -180,7 +180,7 @@ def plan(args, info, proc, arch):
 # A.1; lr ramp-up over 10 million images and the half-life as in EDM.
 PAPER = dict(student="DDPM++-96", steps=100_000, batch_size=512, lr=1e-3, warmup=19_531, half_life=500_000, nfe=19, eval_samples=0, log_every=100, save_every=1000)
 SD = dict(student="SD-KD", steps=100_000, batch_size=512, lr=3e-4, warmup=0, half_life=500_000, nfe=50, eval_samples=0, log_every=100, save_every=1000)  # A.2
-DIGITS = dict(student="DDPM++-Na", data="digits", steps=600, batch_size=96, lr=3e-3, warmup=50, half_life=10_000, nfe=19, eval_samples=2000, log_every=50, save_every=200)
+DIGITS = dict(student="DDPM++-8x1", data="digits", steps=600, batch_size=96, lr=3e-3, warmup=50, half_life=10_000, nfe=19, eval_samples=2000, log_every=50, save_every=200)
 
 
 def fill_defaults(args, info):
@@ -208,7 +208,7 @@ def parser():
     p.add_argument("--model", help="the teacher: DDPM++-t-uncond, DDPM++-t, DiT-XL/2, ...; released weights are fetched where there are any")
     p.add_argument("--image-size", type=int, help="of the released weights (default: what they were made for)")
     p.add_argument("--ckpt", help="the teacher: a checkpoint's path or URL, ours or upstream's; default: a DDPM++ of the digits, made here")
-    p.add_argument("--student", help="DDPM++-{32,64,96,128}, DiT-S/2, ... (default DDPM++-96, digits DDPM++-Na)")
+    p.add_argument("--student", help="DDPM++-{32,64,96,128}, DiT-S/2, ... (default DDPM++-96, digits DDPM++-8x1)")
     p.add_argument("--data", help="digits, mnist, cifar10, ..., a folder of images or cached latents, or synthetic:STEPS")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
     p.add_argument("--w", type=float, nargs=2, metavar="SCALE", help="guided distillation: range of the scales that the student takes as an input; 1 4 is the paper's 0 to 3")

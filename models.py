@@ -627,23 +627,20 @@ UNETS = {  # upstream's configurations
 UNETS["SD-KD"] = dict(UNETS["SD-v1.5"], model_channels=192, attention_resolutions=[4, 2])  # the KD paper's student, A.2: it counts 200M, this has 309M
 
 
-DDPMPP = {  # Table 1 of the KD paper, its teacher "t" and its students by their channels; Ti and Na are ours, for the embedded 8x8 digits
-    "DDPM++-t": dict(model_channels=128, num_blocks=4, channel_mult=[2, 2, 2]),
-    **{f"DDPM++-{channels}": dict(model_channels=channels, num_blocks=2, channel_mult=[2, 2, 2]) for channels in (128, 96, 64, 32)},
-    "DDPM++-Ti": dict(model_channels=16, num_blocks=1, channel_mult=[2, 2]),
-    "DDPM++-Na": dict(model_channels=8, num_blocks=1, channel_mult=[2, 2]),
-}
+DDPMPP = {"t": "128x4", "128": "128x2", "96": "96x2", "64": "64x2", "32": "32x2"}  # Table 1 of the KD paper: channels x residual blocks
 
 
 def make_arch(name, input_size, in_channels, num_classes, learn_sigma=False):
-    """'DiT-XL/2', 'LDM-ImageNet' or 'DDPM++-32' (with -uncond: without classes) and the data's shape -> keyword arguments of the network,
-    with its class under "net"."""
+    """'DiT-XL/2', 'LDM-ImageNet', 'DDPM++-32' or 'DDPM++-16x1' (16 channels, 1 block; with -uncond: without classes) and the data's shape
+    -> keyword arguments of the network, with its class under "net"."""
     shape = dict(input_size=input_size, in_channels=in_channels)
-    if name.removesuffix("-uncond") in DDPMPP:
-        size, labels = DDPMPP[name.removesuffix("-uncond")], 0 if name.endswith("-uncond") else num_classes
-        levels, what = len(size["channel_mult"]), "its levels"
+    edm = re.fullmatch(r"DDPM\+\+-(\w+?)(-uncond)?", name)
+    size = edm and re.fullmatch(r"(\d+)x(\d+)", DDPMPP.get(edm[1], edm[1]))
+    if size and int(size[1]) % 4 == 0 < int(size[1]) * int(size[2]):
+        levels, what = 3 if input_size >= 16 else 2, "its levels"
         tile, attention = 2 ** (levels - 1), min((input_size >> level for level in range(levels)), key=lambda side: abs(side - 16))
-        arch = dict(size, net="DDPM++", **shape, attn_resolutions=[attention], num_classes=labels, augment_dim=0)
+        arch = dict(net="DDPM++", model_channels=int(size[1]), num_blocks=int(size[2]), channel_mult=[2] * levels, **shape,
+                    attn_resolutions=[attention], num_classes=0 if edm[2] else num_classes, augment_dim=0)
     elif name in UNETS:
         tile, what = 2 ** (len(UNETS[name]["channel_mult"]) - 1), "its levels"
         labels = num_classes if UNETS[name].get("context") == "class" else 0
@@ -651,7 +648,7 @@ def make_arch(name, input_size, in_channels, num_classes, learn_sigma=False):
     else:
         match = re.fullmatch(r"(DiT|SiT)-(Na|Ti|S|B|L|XL)/([1248])", name.removesuffix("-REPA") if name.startswith("SiT") else name)
         if not match:
-            known = f"DiT- or SiT-{{{','.join(SIZES)}}}/{{1,2,4,8}}, for example DiT-XL/2, or {', '.join([*UNETS, *DDPMPP])}"
+            known = f"DiT- or SiT-{{{','.join(SIZES)}}}/{{1,2,4,8}}, for example DiT-XL/2, or {', '.join([*UNETS, *('DDPM++-' + n for n in DDPMPP)])}, DDPM++-CxB (C channels, B blocks)"
             raise UserError(f"--model {name}: unknown; choose {known}")
         tile, what = int(match[3]), f"patches of {match[3]}"
         arch = dict(net=match[1], **shape, patch_size=tile, num_classes=num_classes, learn_sigma=learn_sigma, **SIZES[match[2]])

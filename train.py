@@ -168,7 +168,7 @@ def learning_rate(step, args):
 
 def teacher(out, seed=0, prediction="eps"):
     """The checkpoint that `python train.py --out OUT --seed SEED --prediction PREDICTION` makes, made now unless it is there."""
-    kind = {"eps": [], "edm": ["--model", "DDPM++-Ti"]}.get(prediction, ["--prediction", prediction])
+    kind = {"eps": [], "edm": ["--model", "DDPM++-16x1"]}.get(prediction, ["--prediction", prediction])
     return main(parser().parse_args(["--out", str(out), "--seed", str(seed), *kind]))
 
 
@@ -184,7 +184,7 @@ def describe_base(args, prediction="eps"):
     """What base_model(args) will load: checkpoints.describe's dict, without touching weights. The base model is --ckpt PATH or URL; with
     --model alone the released weights; with neither the digits' teacher, which makes this prediction."""
     if args.model is None and args.ckpt is None:
-        name, more = ("DDPM++-Ti", checkpoints.EDM) if prediction == "edm" else ("DiT-Ti/2", {})
+        name, more = ("DDPM++-16x1", checkpoints.EDM) if prediction == "edm" else ("DiT-Ti/2", {})
         made = dict(name=name, arch=models.make_arch(name, 8, 1, 10, learn_sigma=False), classes=10, scale=None, prediction=prediction, cfg=1.0, method="train")
         return {**checkpoints.DIT_DEFAULTS, **made, **more}
     remote = args.ckpt is None or "://" in args.ckpt
@@ -392,7 +392,7 @@ def fill_defaults(args):
 
 def parser():
     p = runtime.Parser(prog="train.py", description=__doc__, formatter_class=runtime.Raw)
-    p.add_argument("--model", help="DiT- or SiT-{Na,Ti,S,B,L,XL}/{1,2,4,8}, LDM-..., DDPM++-{Na,Ti,32,64,96,128,t}; default DiT-Ti/2")
+    p.add_argument("--model", help="DiT- or SiT-{Na,Ti,S,B,L,XL}/{1,2,4,8}, LDM-..., DDPM++-{32,64,96,128,t,16x1,...}; default DiT-Ti/2")
     p.add_argument("--ckpt", help="start from these weights instead of random ones")
     p.add_argument("--data", default="digits", help="digits, mnist, fashion-mnist, cifar10, a folder of images or of cached latents")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")

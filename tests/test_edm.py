@@ -77,7 +77,7 @@ def test_preconditioning_equals_upstream(golden):
     t = torch.from_numpy(f["edm/sigma"])
     x = torch.full((len(t), 1, 2, 2), 2.0)
     np.testing.assert_allclose(to_x0_eps(S, x, torch.ones_like(x), t, "edm")[0][:, 0, 0, 0], f["edm/D_x2_F1"], rtol=1e-6)
-    net, given = models.build(models.make_arch("DDPM++-Na", 8, 1, 0)), []
+    net, given = models.build(models.make_arch("DDPM++-8x1", 8, 1, 0)), []
     net.raw = lambda x, c_noise, *_: given.append((x, c_noise))
     net(x, t, None)
     np.testing.assert_allclose(given[0][0][:, 0, 0, 0], f["edm/c_in_x2"], rtol=1e-6)
@@ -113,17 +113,23 @@ def test_keys_and_sizes_of_the_paper():
 
 
 def test_names_and_other_sizes():
-    arch = models.make_arch("DDPM++-32", 8, 1, 10)
+    arch = models.make_arch("DDPM++-32", 8, 1, 10)  # two levels
     assert arch["attn_resolutions"] == [8] and models.make_arch("DDPM++-32", 64, 3, 0)["attn_resolutions"] == [16]
     assert models.make_arch("DDPM++-t-uncond", 32, 3, 10)["num_classes"] == 0 and models.build(arch).sample_shape == (1, 8, 8)
     with pytest.raises(UserError, match="do not tile a 30x30 input"):
         models.make_arch("DDPM++-32", 30, 3, 0)
     with pytest.raises(UserError, match=r"unknown; choose .*DDPM\+\+-t"):
         models.make_arch("DDPM++-33", 32, 3, 0)
+    small = models.make_arch("DDPM++-24x1-uncond", 32, 3, 10)
+    assert (small["model_channels"], small["num_blocks"], small["channel_mult"], small["num_classes"]) == (24, 1, [2, 2, 2], 0)
+    assert models.make_arch("DDPM++-4x1", 8, 1, 10)["channel_mult"] == [2, 2]
+    for name in ("DDPM++-0x1", "DDPM++-6x1", "DDPM++-8x0"):
+        with pytest.raises(UserError, match="unknown"):
+            models.make_arch(name, 32, 3, 0)
 
 
 def digits_net(**more):
-    return models.fill_random(models.build({**models.make_arch("DDPM++-Na", 8, 1, 10), **more}), std=0.1)
+    return models.fill_random(models.build({**models.make_arch("DDPM++-8x1", 8, 1, 10), **more}), std=0.1)
 
 
 def test_guidance_as_an_input_is_ignored_at_first():
@@ -407,18 +413,18 @@ QUICK = ["--batch-size", 8, "--log-every", 1, "--warmup", 2]
 
 
 def test_training_resuming_and_sampling(tmp_path):
-    words = ["--model", "DDPM++-Na", "--data", "digits", *QUICK]
+    words = ["--model", "DDPM++-8x1", "--data", "digits", *QUICK]
     inside("train.py", *words, "--steps", 6, "--decay", "constant", "--out", tmp_path / "whole")
     inside("train.py", *words, "--steps", 3, "--decay", "constant", "--out", tmp_path / "half")
     held = torch.load(tmp_path / "half" / "last.pt", weights_only=True)
-    assert (held["name"], held["prediction"], held["schedule"], held["nfe"], held["solver"], held["scale"]) == ("DDPM++-Na", "edm", "edm", 35, "heun", None)
+    assert (held["name"], held["prediction"], held["schedule"], held["nfe"], held["solver"], held["scale"]) == ("DDPM++-8x1", "edm", "edm", 35, "heun", None)
     held["args"]["steps"] = 6
     torch.save(held, tmp_path / "half" / "last.pt")
     inside("train.py", *words, "--steps", 6, "--decay", "constant", "--out", tmp_path / "half")  # with dropout, and yet the same bits
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "half")
     assert all(torch.equal(v, b[k]) for k, v in a.items()) and len(losses(tmp_path / "half")) == 6
     net, info = checkpoints.load_model(tmp_path / "whole" / "last.pt")
-    assert net.arch == models.make_arch("DDPM++-Na", 8, 1, 10)
+    assert net.arch == models.make_arch("DDPM++-8x1", 8, 1, 10)
     inside("sample.py", "--ckpt", tmp_path / "whole" / "last.pt", "--num-samples", 12, "--nfe", 5, "--cfg", 2, "--out", tmp_path / "x.npz")
     with np.load(tmp_path / "x.npz") as f:
         assert f["arr_0"].shape == (12, 8, 8, 1) and f["arr_0"].std() > 0
@@ -429,7 +435,7 @@ def test_training_resuming_and_sampling(tmp_path):
 
 
 def test_training_without_classes(tmp_path):
-    out = inside("train.py", "--model", "DDPM++-Na-uncond", "--data", "digits", *QUICK, "--steps", 2, "--out", tmp_path)
+    out = inside("train.py", "--model", "DDPM++-8x1-uncond", "--data", "digits", *QUICK, "--steps", 2, "--out", tmp_path)
     assert "is ready" in out and checkpoints.describe(tmp_path / "last.pt")["classes"] == 0
     inside("sample.py", "--ckpt", tmp_path / "last.pt", "--num-samples", 3, "--nfe", 3, "--out", tmp_path / "x.png")
 
@@ -440,9 +446,9 @@ def test_what_does_not_go_with_edms_networks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words in (["--prediction", "v"], ["--schedule", "cosine"]):
         with pytest.raises(UserError, match="have their own prediction"):
-            inside("train.py", "--model", "DDPM++-Na", *words)
+            inside("train.py", "--model", "DDPM++-8x1", *words)
     torch.save({"ema": digits_net().state_dict()}, tmp_path / "x.pt")
     for module in (issd, dsd):
         with pytest.raises(UserError, match="has EDM's schedule"):
             module.main(module.parser().parse_args(["--ckpt", "x.pt", "--eval-samples", "0", "--data", "digits"] if module is issd else ["--ckpt", "x.pt", "--eval-samples", "0"]))
-    assert "edm training of DDPM++-t" in (plan := inside("train.py", "--model", "DDPM++-t", "--dry-run")) and "55.7M parameters" in plan
+    assert "edm training of DDPM++-t" in (plan := inside("train.py", "--model", "DDPM++-t", "--dry-run")) and "37.5M parameters" in plan  # two levels

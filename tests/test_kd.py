@@ -125,9 +125,9 @@ def test_method_block_stands_alone(batch):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    net = models.fill_random(models.build(models.make_arch("DDPM++-Na", 8, 1, 10)))
+    net = models.fill_random(models.build(models.make_arch("DDPM++-8x1", 8, 1, 10)))
     path = tmp_path_factory.mktemp("teacher") / "edm.pt"
-    torch.save(checkpoint(net, name="DDPM++-Na", **{k: v for k, v in checkpoints.EDM.items() if k not in ("scale", "cfg")}), path)
+    torch.save(checkpoint(net, name="DDPM++-8x1", **{k: v for k, v in checkpoints.EDM.items() if k not in ("scale", "cfg")}), path)
     return path
 
 
@@ -163,9 +163,9 @@ def test_dit_into_a_smaller_dit(tmp_path, ckpt):
 
 
 def test_two_teachers_and_the_table(tmp_path, teacher):
-    uncond = models.fill_random(models.build(models.make_arch("DDPM++-Na", 8, 1, 0)), seed=1)
+    uncond = models.fill_random(models.build(models.make_arch("DDPM++-8x1", 8, 1, 0)), seed=1)
     held = torch.load(teacher, weights_only=True)
-    torch.save({**held, "model": uncond.state_dict(), "ema": uncond.state_dict(), "arch": uncond.arch, "classes": 0, "name": "DDPM++-Na-uncond"}, tmp_path / "uncond.pt")
+    torch.save({**held, "model": uncond.state_dict(), "ema": uncond.state_dict(), "arch": uncond.arch, "classes": 0, "name": "DDPM++-8x1-uncond"}, tmp_path / "uncond.pt")
     command = words(teacher, tmp_path / "out", "--uncond", tmp_path / "uncond.pt", "--w", 1, 4, "--cfg", 1.25, "--eval-samples", 70, "--nfe", 5)
     out = inside(*command)
     assert all(row in out for row in ("before, 9 evaluations", "score matching", "after kd")) and (tmp_path / "out" / "samples.png").exists()
