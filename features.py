@@ -257,7 +257,7 @@ def from_checkpoint(path, num, nfe, cfg, seed, proc):
                 raise UserError(f"{path}: samples {first} to {first + len(x) - 1} are not finite; look at the checkpoint")
             for i in range(0, len(x), batch):
                 yield first + i, to_uint8(x[i:i + batch]), y[i:i + batch]
-    return Images(f"{path}, {info['nfe'] or 50 if nfe is None else nfe} steps, guidance {info['cfg'] if cfg is None else cfg:g}, seed {seed}", num, batches)
+    return Images(f"{path}, NFE {info['nfe'] or 50 if nfe is None else nfe}, guidance {info['cfg'] if cfg is None else cfg:g}, seed {seed}", num, batches)
 
 
 def npz_member(path, name):

@@ -281,7 +281,7 @@ def compare(entries, proc, num, seed, features="digits-cnn"):
 
 def summary(metrics):
     """metrics.json -> what a method script prints."""
-    head = f"{metrics['samples']} samples, {metrics['nfe']} steps, guidance {metrics['cfg']:g}; features {metrics['features']}, reference {metrics['reference']}"
+    head = f"{metrics['samples']} samples, NFE {metrics['nfe']}, guidance {metrics['cfg']:g}; features {metrics['features']}, reference {metrics['reference']}"
     before = {"before": metrics["before"]} if metrics["before"] else {}  # a model from scratch has none
     return f"{head}\n{table({**before, **metrics['controls'], 'after ' + metrics['method']: metrics['after']}, metrics['features'])}"
 

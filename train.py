@@ -168,7 +168,7 @@ def learning_rate(step, args):
 
 def teacher(out, seed=0, prediction="eps"):
     """The checkpoint that `python train.py --out OUT --seed SEED --prediction PREDICTION` makes, made now unless it is there."""
-    kind = {"eps": [], "edm": ["--model", "DDPM++-16x1"]}.get(prediction, ["--prediction", prediction])
+    kind = {"eps": [], "edm": ["--model", "DDPM++-16x1", "--steps", "1000"]}.get(prediction, ["--prediction", prediction])
     return main(parser().parse_args(["--out", str(out), "--seed", str(seed), *kind]))
 
 

@@ -376,7 +376,7 @@ def test_checkpoint_is_sampled(ckpt, measured):
     proc, (net, info) = Processes("off"), checkpoints.load_model(ckpt)
     want = fid.evaluate(*data.sample_images(proc.mixed(net), info, proc, 300, 5, 4, 1.0), proc)
     got = numbers(measured(ckpt, "digits", "--num-samples", 300, "--nfe", 4, "--seed", 5, "--features", "digits-cnn", "--json").out)
-    assert "4 steps, guidance 1, seed 5" in got["samples"] and got["samples_count"] == 300
+    assert "NFE 4, guidance 1, seed 5" in got["samples"] and got["samples_count"] == 300
     for k in ("fd", "precision", "recall", "accuracy"):
         assert got[k] == pytest.approx(want[k], rel=1e-4)
     with pytest.raises(UserError, match="at least 2"):
