@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from models import CLASS_TABLE, DDPMPP, UNETS, build, make_arch
-from runtime import UserError, write_text
+from runtime import UserError, flag, write_text
 from solvers import SIGMA_DATA
 
 # ---------------------------------------------------------------------------------------------------
@@ -382,3 +382,58 @@ def upstream_checkpoint(name, image_size, folder):
         known = ", ".join(f"{n} at {r}" for n, r in UPSTREAM)
         raise UserError(f"no released weights for {name} at {image_size} (there are: {known}); give --ckpt PATH, or train it with train.py")
     return fetch(url, folder, check=lambda path: load_model(path, name, image_size))
+
+
+# ---------------------------------------------------------------------------------------------------
+# A run's own file
+# ---------------------------------------------------------------------------------------------------
+
+NOT_COMPARED = {"out", "resume", "log_every", "save_every", "eval_samples", "dry_run", "compile", "accumulate", "grad_checkpointing", "save_minutes"}  # may change between launches
+
+
+def prepare(args, proc):
+    """Make --out; return the checkpoint to continue from, or None. Its arguments must be these arguments."""
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if proc.main:
+            (out / "log.jsonl").open("a").close()
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot write there ({e.strerror}); choose another folder")
+    last = out / "last.pt"
+    if args.resume == "never" and last.exists():
+        raise UserError(f"{last} exists and --resume never would overwrite it; choose another --out or delete it")
+    if not last.exists():
+        return None
+    try:
+        state = torch.load(last, map_location="cpu", weights_only=True)
+        saved = state["args"]
+    except Exception as e:
+        raise UserError(f"{last}: cannot be read ({type(e).__name__}); it is damaged: delete it or choose another --out")
+    now = plain(args)
+    for key in sorted((saved.keys() | now.keys()) - NOT_COMPARED):
+        if saved.get(key) != now.get(key):
+            raise UserError(f"{out} holds a run with {flag(key)} {saved.get(key)}, now it is {now.get(key)}; "
+                            f"repeat the old command to continue it, or choose another --out")
+    return state
+
+
+def plain(args):
+    return {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in vars(args).items()}
+
+
+def save(args, proc, state, name="last.pt"):
+    """Write args.out/name on rank 0: to a temporary file, flushed to the disk, then moved into place."""
+    if proc.main:
+        last = Path(args.out) / name
+        temporary = last.with_suffix(".tmp")
+        try:
+            with open(temporary, "wb") as f:
+                torch.save({"format": 1, **state, "args": plain(args)}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, last)
+        except (OSError, RuntimeError) as e:
+            temporary.unlink(missing_ok=True)
+            kept = "the one before it stands" if last.exists() else "none was saved before"
+            raise UserError(f"cannot save {last} ({e.strerror if isinstance(e, OSError) else str(e).splitlines()[0][:80]}); {kept}. Free some space and repeat the command")

@@ -349,7 +349,7 @@ def synthetic(net, info, proc, folder, num, seed, nfe=10, cfg=1.5):
     name tells the weights (by their fingerprint) and the settings.
     """
     folder = Path(folder) / f"synthetic-{fingerprint(net)}-{nfe}steps-cfg{cfg:g}-seed{seed}-{num}"
-    if proc.any(not (folder / "meta.json").exists()):
+    if proc.any(not (folder / "meta.json").exists())[0]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             chunks = lambda todo: sample_chunks(net, info, proc, num, seed, nfe, cfg, todo=todo, desc="synthetic data")
@@ -373,7 +373,7 @@ def write_pieces(proc, folder, name, keys, produce):
     crc = lambda keys: f"{zlib.crc32(repr(keys).encode()):08x}"
     piece = lambda c: folder / f"{name}-{c:06d}-{crc(keys[c * CHUNK:(c + 1) * CHUNK])}.npy"
     whole, chunks = folder / f"{name}-{crc(keys)}.part", range((len(keys) + CHUNK - 1) // CHUNK)
-    if proc.any(not whole.exists()):  # else all are done, and some are moved already
+    if proc.any(not whole.exists())[0]:  # else all are done, and some are moved already
         for first, x in produce(lambda c: not piece(c).exists()):
             if not x.half().isfinite().all():
                 raise UserError(f"{name} {first} to {first + len(x) - 1} are not finite, or too large for float16; look at the model, and at --scale")

@@ -118,6 +118,8 @@ class Critic(nn.Module):
         self.net, self.num_classes, dim = net, net.num_classes, net.arch["hidden_size"]
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
 
+    blocks = property(lambda self: self.net.blocks)
+
     def forward(self, z, t, y):
         """-> the network's output (B, C, H, W), logits (B,), large for data."""
         features = []
@@ -176,20 +178,20 @@ def main(args):
     torch.manual_seed(args.seed)  # of what is new: the embedding of w, the critic's head
     takes_w = base.guidance or stages[0]["kind"] in ("w", "lcm")
     net = models.with_guidance(base) if takes_w and not base.guidance else copy.deepcopy(base)
-    student = proc.student(net, args.compile)
+    student = proc.student(net, args)
     target = copy.deepcopy(net).eval().requires_grad_(False) if args.objective == "lcm" else None
     critic = Critic(copy.deepcopy(base)) if args.objective == "dmd2" else None
-    critic_ddp = critic and proc.student(critic)
-    teacher = proc.frozen(base, args.compile)
+    critic_ddp = critic and proc.student(critic, args)
+    teacher = proc.frozen(base, args)
     opt, critic_opt = runtime.adamw(net, args.lr), critic and runtime.adamw(critic, args.lr)
     base_info, info = info, {**info, "arch": net.arch, "method": "ddil" if any(args.dagger) else args.objective, "cfg": 1.0 if critic else args.cfg,
                              "threshold": args.threshold, "solver": "ddim" if args.objective == "pd" else "lcm"}
 
     # Resume, also in the middle of a stage:
-    state, start, buffer = runtime.prepare(args, proc), 0, {}
+    state, start, buffer = checkpoints.prepare(args, proc), 0, {}
     if state:
         start, buffer = state["step"], {k: v.to(proc.device) for k, v in state["buffer"].items()}
-        teacher = proc.frozen(models.build(state["teacher"]["arch"]), args.compile)
+        teacher = proc.frozen(models.build(state["teacher"]["arch"]), args)
         teacher.load_state_dict(state["teacher"]["weights"])
         for part, key in ((net, "model"), (opt, "opt"), (target, "target"), (critic, "critic"), (critic_opt, "critic_opt")):
             if part is not None and state[key] is not None:
@@ -201,7 +203,7 @@ def main(args):
     # Setup data; without any, the base model's own samples:
     dataset, source = train.training_data(args, proc.mixed(base), base_info, proc)
     B, K, shape = args.batch_size, info["classes"], tuple(dataset.shape)
-    guard, stop, log = Guard(proc), Stop(proc), Log(args, proc, start, args.steps, args.objective)
+    guard, stop, log = Guard(proc), Stop(proc, args), Log(args, proc, start, args.steps, args.objective, train.cost(args, info, UNITS[stages[-1]["kind"]]))
     stream = data.batches(dataset, proc, args.seed, B, start)
     for s in stages:
         s.update({k + "_t": torch.tensor(s[k], device=proc.device) for k in ("grid", "starts") if s[k]})
@@ -217,7 +219,7 @@ def main(args):
         stage = next(s for s in stages if step < s["end"])
         kind, grid, nodes, local, length = stage["kind"], stage["grid"], stage["nodes"], step - stage["begin"], stage["end"] - stage["begin"]
         if local == 0 and step > 0:  # theta <- eta; D and the optimiser start anew
-            teacher, opt, buffer = proc.frozen(copy.deepcopy(net), args.compile), runtime.adamw(net, args.lr), {}
+            teacher, opt, buffer = proc.frozen(copy.deepcopy(net), args), runtime.adamw(net, args.lr), {}
         for group in opt.param_groups:
             group["lr"] = args.lr * (1 - local / length if args.objective == "pd" else 1)
         student_out, teacher_out, starts = proc.mixed(student), proc.mixed(teacher), stage["starts_t"]
@@ -245,44 +247,44 @@ def main(args):
             i, *cond = (torch.where(take, buffer[k][j], v) for k, v in zip(("i", "c0", "c1"), (i, *cond)))
         t = starts[i]
 
+        parts = args.accumulate
         if kind == "w":
-            loss = guidance_loss(student_out, teacher_out, z, t, *cond)
+            loss_of = lambda z, t, i, *cond: guidance_loss(student_out, teacher_out, z, t, *cond)
         elif kind == "pd":
-            goal = pd_target(teacher_out, schedule, z, cond, t, stage["grid_t"][2 * i + 1], stage["grid_t"][2 * i + 2], pred, project)
-            loss = pd_loss(student_out, schedule, z, cond, t, goal, pred, args.weight)
+            def loss_of(z, t, i, *cond):
+                goal = pd_target(teacher_out, schedule, z, cond, t, stage["grid_t"][2 * i + 1], stage["grid_t"][2 * i + 2], pred, project)
+                return pd_loss(student_out, schedule, z, cond, t, goal, pred, args.weight)
         elif kind == "lcm":
-            loss = lcm_loss(student_out, proc.mixed(target), teacher_out, schedule, z, t, starts[i + 1], *cond, pred, project)
+            loss_of = lambda z, t, i, *cond: lcm_loss(student_out, proc.mixed(target), teacher_out, schedule, z, t, starts[i + 1], *cond, pred, project)
         else:  # DMD2: the critic at every step, whose loss is logged, the student at every fifth
             y, level = cond[0], lambda: (rng.integers(round(0.02 * schedule.T), round(0.98 * schedule.T)), rng.normal(shape))
-            u, noise = level()
             with torch.no_grad():
                 fake = consistency(proc.mixed(net), schedule, z, t, (y,), pred)
-            loss = critic_loss(proc.mixed(critic_ddp), schedule, fake, y, x0, y0, u, noise, pred)
-            loss.backward()
+            loss = proc.backward(critic_ddp, lambda *rows: critic_loss(proc.mixed(critic_ddp), schedule, *rows, pred), parts, fake, y, x0, y0, *level())
             guard.update(critic_opt, loss, step, clip)
             if step % CRITIC_UPDATES == 0:
-                u, noise = level()
-                x = consistency(student_out, schedule, z, t, (y,), pred)
-                leaf = x.detach().requires_grad_()
-                pull = dmd_loss(leaf, proc.mixed(critic), teacher_out, schedule, u, *cond, noise, pred, project)
-                x.backward(torch.autograd.grad(pull, leaf)[0])  # past the critic's own parameters
-                guard.update(opt, pull, step, clip)
+                def loss_of(z, t, u, noise, *cond):
+                    x = consistency(student_out, schedule, z, t, cond[:1], pred)
+                    leaf = x.detach().requires_grad_()
+                    pull = dmd_loss(leaf, proc.mixed(critic), teacher_out, schedule, u, *cond, noise, pred, project)
+                    return (x * torch.autograd.grad(pull, leaf)[0]).sum()  # past the critic's own parameters
+                guard.update(opt, proc.backward(student, loss_of, parts, z, t, *level(), *cond), step, clip)
         if kind != "dmd2":
-            loss.backward()
+            loss = proc.backward(student, loss_of, parts, z, t, i, *cond)
             guard.update(opt, loss, step, clip)
         if target is not None:
             torch._foreach_lerp_(list(target.parameters()), [v.detach() for v in net.parameters()], 1 - TARGET_EMA)
 
-        done, ended = step + 1, stop.now()
+        save, ended = stop.after(done := step + 1)
         if log.step(done, loss):
             guard.check(args.out)
-        if done % args.save_every == 0 or done == stage["end"] or ended:
+        if save or done == stage["end"]:
             guard.check(args.out)
             weights = net.state_dict()
             state = {"model": weights, "ema": weights, "step": done, **info, "grid": nodes, "nfe": nodes and len(nodes) - 1}
             if done == stage["end"]:
-                runtime.save(args, proc, {**state, "opt": {}}, stage["file"])
-            runtime.save(args, proc, {**state, "opt": opt.state_dict(), "buffer": buffer, "teacher": {"arch": teacher.arch, "weights": teacher.state_dict()},
+                checkpoints.save(args, proc, {**state, "opt": {}}, stage["file"])
+            checkpoints.save(args, proc, {**state, "opt": opt.state_dict(), "buffer": buffer, "teacher": {"arch": teacher.arch, "weights": teacher.state_dict()},
                                       "target": target and target.state_dict(), "critic": critic and critic.state_dict(),
                                       "critic_opt": critic_opt and critic_opt.state_dict()})
         if ended and done < args.steps:
@@ -310,18 +312,19 @@ def main(args):
 def plan(args, info, stages, proc):
     """What --dry-run prints."""
     params, flops = models.count(info["arch"])
-    units = {"w": 5, "pd": 5, "lcm": 6, "dmd2": 9}  # forwards of an iteration, two halves of guidance counted apart; a backward counts as two
     lines = [f"DDIL ({args.objective}) of {info['name']}, {params / 1e6:.1f}M parameters, predicting {info['prediction']}, on {args.data}; guidance {args.cfg:g}, threshold {args.threshold}",
              f"mixture      {args.dagger[0]:g} then {args.dagger[1]:g} from aggregated states, student probability {args.beta[0]:g} then {args.beta[1]:g}, each used {args.reuse[0]:g} then {args.reuse[1]:g} times"]
     for s in stages:
         n = s["end"] - s["begin"]
         nodes = f"{len(s['grid']) - 1} -> {len(s['nodes']) - 1} steps at t = {', '.join(map(str, s['nodes'][:4]))}, ..." if s["nodes"] else "guidance becomes an input"
-        lines.append(f"{s['kind']:12} {nodes}; {n:,} steps of {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), lr {args.lr:g}, {n * units[s['kind']] * args.batch_size * flops:.3g} FLOP")
-    return "\n".join(lines)
+        lines.append(f"{s['kind']:12} {nodes}; {n:,} steps of {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), lr {args.lr:g}, {n * UNITS[s['kind']] * args.batch_size * flops:.3g} FLOP")
+    total = sum((s["end"] - s["begin"]) * UNITS[s["kind"]] for s in stages) * args.batch_size * flops
+    return "\n".join([*lines, train.hours(total, args, proc)])
 
 
 # ---- Arguments ----------------------------------------------------------------------------------------
 
+UNITS = {"w": 5, "pd": 5, "lcm": 6, "dmd2": 9}  # forwards of an iteration, two halves of guidance counted apart; a backward counts as two
 KEEP = 4  # rollouts in D; the paper is silent
 TARGET_EMA, CRITIC_UPDATES = 0.95, 5  # LCM's; DMD2's, per update of the student
 # Stages N:STEPS from a teacher of N steps; w:STEPS makes guidance an input first. The paper: 40,000 updates to 4 steps; where it starts it does not say.

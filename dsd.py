@@ -131,12 +131,12 @@ def main(args):
 
     # The base model is the student; with TSD its frozen copy the teacher:
     net, info = train.base_model(args)
-    teacher = proc.frozen(copy.deepcopy(net), args.compile) if args.variant == "tsd" else None
-    student, ema, opt = proc.student(net, args.compile), EMA(net, args.ema), runtime.adamw(net, args.lr, args.betas)
+    teacher = proc.frozen(copy.deepcopy(net), args) if args.variant == "tsd" else None
+    student, ema, opt = proc.student(net, args), EMA(net, args.ema), runtime.adamw(net, args.lr, args.betas)
     info = {**info, "method": args.variant, "grid": kind, "nfe": args.nfe, "cfg": args.cfg, "solver": "ddim"}
 
     # Resume, also in the middle of a trajectory:
-    state, start = runtime.prepare(args, proc), 0
+    state, start = checkpoints.prepare(args, proc), 0
     if state:
         start, z = state["step"], proc.rows(state["z"]).to(proc.device)
         ema.load(state["ema"])
@@ -149,7 +149,7 @@ def main(args):
 
     B, K, shape = args.batch_size, info["classes"], (net.arch["in_channels"], *[net.arch["input_size"]] * 2)
     student_out, teacher_out = proc.mixed(student), teacher and proc.mixed(teacher)
-    guard, stop, log = Guard(proc), Stop(proc), Log(args, proc, start, args.steps, args.variant)
+    guard, stop, log = Guard(proc), Stop(proc, args), Log(args, proc, start, args.steps, args.variant, train.cost(args, info, units(args, info)))
     for step in range(start, args.steps):
         N, k = updates[step]
         if k == 0 or step == start:  # a trajectory has the random numbers of its first update
@@ -158,27 +158,25 @@ def main(args):
             w = args.w[0] + (args.w[1] - args.w[0]) * rng.uniform() if K and args.w != [1, 1] else None
             z = noise if k == 0 else z
         if teacher and step and updates[step - 1][0] != N:  # important! TSD's student becomes the teacher of the next depth
-            teacher = proc.frozen(copy.deepcopy(net), args.compile)
-            teacher_out = proc.mixed(teacher)
+            teacher_out = proc.mixed(teacher := proc.frozen(copy.deepcopy(net), args))
         t, mid, u = (torch.full((len(y),), node, device=proc.device) for node in grids[N][2 * k:2 * k + 3])
-        loss, z = dsd_loss(student_out, schedule, z, t, mid, u, y, w, pred, args.target, teacher_out)
-        loss.backward()
+        loss_of = lambda *rows: dsd_loss(student_out, schedule, *rows, pred, args.target, teacher_out)
+        loss, z = proc.backward(student, loss_of, args.accumulate, z, t, mid, u, y, w)
         for group in opt.param_groups:
             group["lr"] = args.lr * rate(step, args.steps)
         guard.update(opt, loss, step, clip=1.0)
         ema.update(net, step)
 
-        done, ended = step + 1, stop.now()
+        save, ended = stop.after(done := step + 1)
         if log.step(done, loss):
             guard.check(args.out)
-        if done % args.save_every == 0 or done == args.steps or ended:
+        if save:
             guard.check(args.out)
-            runtime.save(args, proc, {"model": net.state_dict(), "ema": ema.state_dict(net), "opt": opt.state_dict(), "step": done, **info,
+            checkpoints.save(args, proc, {"model": net.state_dict(), "ema": ema.state_dict(net), "opt": opt.state_dict(), "step": done, **info,
                                       "z": proc.whole(z), "teacher": teacher and teacher.state_dict()})
         if ended and done < args.steps:
             runtime.stopped(args, proc, done)
-    log.close(), stop.restore()
-    proc.barrier()  # the others read what rank 0 has written
+    log.close(), stop.restore(), proc.barrier()  # the others read what rank 0 has written
 
     # Measure before, after and the control on the same noise and labels, at other numbers of steps, too:
     entries = {}
@@ -223,16 +221,19 @@ def from_scratch(args):
     train.measure(args, proc, "dsd-scratch", time.perf_counter() - began, entries)
 
 
+def units(args, info):  # forwards of an update, a backward counting as two
+    return (5 if args.variant == "tsd" else 4) * (2 if info["classes"] and args.w != [1, 1] else 1)
+
+
 def plan(args, info, proc, updates):
     """What --dry-run prints."""
-    params, flops = models.count(info["arch"])
-    units = (5 if args.variant == "tsd" else 4) * (2 if info["classes"] and args.w != [1, 1] else 1)  # forwards an update, a backward counting as two
-    cost, depths = units * args.batch_size * flops, ", ".join(f"{n}: {count}" for n, count in Counter(n for n, _ in updates).items())
+    params, cost, depths = models.count(info["arch"])[0], train.cost(args, info, units(args, info)), ", ".join(f"{n}: {count}" for n, count in Counter(n for n, _ in updates).items())
     return "\n".join([
         f"{args.variant.upper()} of {info['name']}, {params / 1e6:.1f}M parameters, predicting {info['prediction']}; no data",
         f"updates      {args.steps:,} of batch {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), by depth {depths}",
         f"training     lr {args.lr:g} -> {args.lr / 10:g}, Adam betas {args.betas[0]:g} {args.betas[1]:g}, EMA {args.ema:g}, guidance {args.w[0]:g} to {args.w[1]:g}, target {args.target}",
-        f"cost         {units} forward units an update: {cost:.3g} FLOP, {args.steps * cost:.3g} FLOP in all",
+        f"cost         {units(args, info)} forward units an update: {cost:.3g} FLOP, {args.steps * cost:.3g} FLOP in all",
+        train.hours(args.steps * cost, args, proc),
         f"checkpoint   {args.out}/last.pt, {params * 16 / 2 ** 30:.2g} GiB, every {args.save_every} steps"])
 
 
@@ -264,8 +265,7 @@ def fill_defaults(args, info, schedule):
     return allocate(args.variant, args.depth, args.steps)
 
 
-def check(args):
-    """What both ways have in common. Raises UserError."""
+def check(args):  # what both ways have in common
     make_grid("uniform", args.nfe)
     runtime.check_positive(args, "depth")
     if not 0 <= (args.ema or 0) < 1 or not all(0 <= v < math.inf for v in args.mix or []) or not math.isfinite(args.cfg):

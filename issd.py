@@ -29,6 +29,7 @@ import time
 
 import torch
 
+import checkpoints
 import data
 import runtime
 import train
@@ -84,14 +85,14 @@ def main(args):
 
     # The base model is the teacher; the student starts as its copy:
     base, base_info = train.base_model(args)
-    student = proc.student(copy.deepcopy(base), args.compile)
-    teacher = proc.frozen(base, args.compile)
+    student = proc.student(copy.deepcopy(base), args)
+    teacher = proc.frozen(base, args)
     net = getattr(student, "module", student)
     opt = runtime.adamw(net, args.lr)
     info = {**base_info, "method": "issd", "grid": grid, "nfe": args.nfe, "cfg": args.cfg, "only_node": grid[args.only_step] if args.only_step else None}
 
     # Resume:
-    state, start = runtime.prepare(args, proc), 0
+    state, start = checkpoints.prepare(args, proc), 0
     if state:
         start = state["step"]
         net.load_state_dict(state["model"])
@@ -109,26 +110,26 @@ def main(args):
 
     nodes = torch.tensor(grid, device=proc.device)
     first, end = (args.only_step - 1, args.only_step) if args.only_step else (0, pairs)
-    guard, stop = Guard(proc), Stop(proc)
-    log = Log(args, proc, start, args.steps, "issd")
+    guard, stop = Guard(proc), Stop(proc, args)
+    log = Log(args, proc, start, args.steps, "issd", train.cost(args, info, units(args)))
     stream = data.batches(dataset, proc, args.seed, args.batch_size, start)
     for step in range(start, args.steps):
         x0, y = next(stream)
         rng = StepRandom(proc, args.seed, step, args.batch_size)
         y = torch.where(rng.uniform() < args.drop, info["classes"], y)  # important! once per sample, so that all forwards agree
         n = rng.integers(first, end)
-        loss, _ = issd_loss(student_eps, teacher_eps, schedule, x0, y, nodes[n], nodes[n + 1], rng.normal(x0.shape[1:]),
-                            args.lam, args.reading, info["prediction"], guided, project)
-        loss.backward()
+        loss_of = lambda x0, y, s, t, noise: issd_loss(student_eps, teacher_eps, schedule, x0, y, s, t, noise, args.lam, args.reading,
+                                                       info["prediction"], guided, project)[0]
+        loss = proc.backward(student, loss_of, args.accumulate, x0, y, nodes[n], nodes[n + 1], rng.normal(x0.shape[1:]))
         guard.update(opt, loss, step)
 
-        done, ended = step + 1, stop.now()
+        save, ended = stop.after(done := step + 1)
         if log.step(done, loss):
             guard.check(args.out)
-        if done % args.save_every == 0 or done == args.steps or ended:
+        if save:
             guard.check(args.out)
             weights = net.state_dict()  # the paper keeps no average: "ema" are the same tensors, stored once
-            runtime.save(args, proc, {"model": weights, "ema": weights, "opt": opt.state_dict(), "step": done, **info})
+            checkpoints.save(args, proc, {"model": weights, "ema": weights, "opt": opt.state_dict(), "step": done, **info})
         if ended and done < args.steps:
             runtime.stopped(args, proc, done)
     log.close()
@@ -139,10 +140,14 @@ def main(args):
     train.measure(args, proc, "issd", time.perf_counter() - began, entries, lam=args.lam, reading=args.reading)
 
 
+def units(args):
+    """Forwards of a step, a backward counting as two."""
+    return 7 if args.guided == "step" else (6 if args.reading == "literal" else 5) * (2 if args.guided == "all" else 1)
+
+
 def plan(args, info, proc, grid):
     """What --dry-run prints."""
-    units = 7 if args.guided == "step" else (6 if args.reading == "literal" else 5) * (2 if args.guided == "all" else 1)
-    return train.self_plan("iSSD", args, info, proc, grid, units, f"lam {args.lam}, reading {args.reading}")
+    return train.self_plan("iSSD", args, info, proc, grid, units(args), f"lam {args.lam}, reading {args.reading}")
 
 
 # ---- Arguments ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 CACHE = Path(os.environ.get("MINDISTILL_CACHE", Path.home() / ".cache" / "mindistill"))  # downloads live here
+
+
+WORTH_COMPILING = 1000  # steps
 
 
 class UserError(Exception):
@@ -46,9 +51,12 @@ def common_arguments(p, out):
     p.add_argument("--out", default=out, help="folder of last.pt, log.jsonl, metrics.json and pictures")
     p.add_argument("--resume", choices=["auto", "never"], default="auto", help="auto continues what is in --out")
     p.add_argument("--amp", choices=["auto", "bf16", "off"], default="auto", help="autocast of network calls; auto: bf16 on GPU")
-    p.add_argument("--compile", action="store_true", help="torch.compile each block (repays itself on long GPU runs)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help=f"torch.compile each block (default: on GPUs, in runs of at least {WORTH_COMPILING:,} steps)")
+    p.add_argument("--accumulate", type=int, default=1, metavar="PARTS", help="work through a process's share of the batch in so many parts: the same step, less memory")
+    p.add_argument("--grad-checkpointing", action="store_true", help="compute the blocks' activations again in the backward pass: a third more work, much less memory")
     p.add_argument("--log-every", type=int, metavar="STEPS")
     p.add_argument("--save-every", type=int, metavar="STEPS")
+    p.add_argument("--save-minutes", type=float, default=10, metavar="MINUTES", help="save at least so often, whatever --save-every says (default 10)")
     p.add_argument("--dry-run", action="store_true", help="print the plan and exit")
 
 
@@ -95,14 +103,25 @@ class Processes:
         call.num_classes = call.net.num_classes
         return call
 
-    def student(self, net, compile=False):
-        """net on this device, ready to train: wrapped for DDP when there are several processes."""
-        net.to(self.device).train()
-        if compile:
+    def place(self, net, args):
+        """net on this device: on a GPU a U-Net's channels last, and compiled where that repays itself."""
+        net.to(self.device)
+        if self.device.type == "cuda" and getattr(net, "arch", {}).get("net") in ("UNet", "DDPM++"):
+            net.to(memory_format=torch.channels_last)
+        if args and (args.compile or (args.compile is None and self.device.type == "cuda" and args.steps >= WORTH_COMPILING)):
             compile_blocks(net)
-        return net if self.world == 1 else DistributedDataParallel(net, device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+        return net
 
-    def frozen(self, net, compile=False):
+    def student(self, net, args=None):
+        """net on this device, ready to train: wrapped for DDP when there are several processes."""
+        if args and args.grad_checkpointing:
+            for block in net.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        self.place(net, args).train()
+        ids = [self.local_rank] if self.device.type == "cuda" else None
+        return net if self.world == 1 else DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+
+    def frozen(self, net, args=None):
         """net on this device, never to train. Under bf16 its matmul weights are stored as what autocast casts
         them to anyway: half the memory, no casts, the same bits."""
         net.to(self.device).eval().requires_grad_(False)
@@ -110,9 +129,22 @@ class Processes:
             for m in net.modules():
                 if isinstance(m, (nn.Linear, nn.Conv2d)):
                     m.to(torch.bfloat16)
-        if compile:
-            compile_blocks(net)
-        return net
+        return self.place(net, args)
+
+    def backward(self, net, loss_of, parts, *rows):
+        """loss_of(*rows).backward(), in so many equal parts of the rows (tensors of one row a sample, or None), one after another: the same gradients,
+        less memory. net: what student() returned. -> the mean loss; with it, where loss_of returns a pair, the second of all rows."""
+        if next(len(r) for r in rows if r is not None) % parts or parts < 1:
+            raise UserError(f"--accumulate {parts}: must divide a process's share of the batch")
+        pieces, results = zip(*([None] * parts if r is None else r.chunk(parts) for r in rows)), []
+        for i, piece in enumerate(pieces):
+            with net.no_sync() if self.world > 1 and i < parts - 1 else nullcontext():  # gradients are averaged once
+                result = loss_of(*piece)
+                loss, more = result if isinstance(result, tuple) else (result, None)
+                (loss / parts).backward()
+            results.append((loss.detach() / parts, more))
+        losses, more = zip(*results)
+        return sum(losses) if more[0] is None else (sum(losses), torch.cat(more))
 
     def check_batch(self, batch):
         if batch % self.world:
@@ -130,13 +162,26 @@ class Processes:
         dist.all_gather(parts := [torch.empty_like(rows) for _ in range(self.world)], rows.contiguous())
         return torch.cat(parts, dim)
 
-    def any(self, flag):
-        """True on all ranks if it is true on one."""
+    def any(self, *flags):
+        """Each of them true on all ranks if it is true on one."""
         if self.world == 1:
-            return flag
-        t = torch.tensor(int(flag))
+            return flags
+        t = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(t, op=dist.ReduceOp.MAX)
-        return bool(t)
+        return [bool(v) for v in t]
+
+    def peak(self, n=8192):
+        """TFLOP/s of a product of two bf16 matrices of random numbers, n x n, on a GPU; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        a, b = torch.randn(2, n, n, device=self.device, dtype=torch.bfloat16)
+        times = []
+        for _ in range(8):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record(), a @ b, ended.record()
+            torch.cuda.synchronize()
+            times.append(began.elapsed_time(ended))
+        return 2 * n ** 3 / sorted(times)[3] / 1e9
 
     def sum(self, t):
         """In-place sum over ranks."""
@@ -303,62 +348,12 @@ class Guard:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Checkpoints
+# Signals, progress
 # ---------------------------------------------------------------------------------------------------
-
-NOT_COMPARED = {"out", "resume", "log_every", "save_every", "eval_samples", "dry_run", "compile"}  # may change between launches
-
-
-def prepare(args, proc):
-    """Make --out; return the checkpoint to continue from, or None. Its arguments must be these arguments."""
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if proc.main:
-            (out / "log.jsonl").open("a").close()
-    except OSError as e:
-        raise UserError(f"--out {out}: cannot write there ({e.strerror}); choose another folder")
-    last = out / "last.pt"
-    if args.resume == "never" and last.exists():
-        raise UserError(f"{last} exists and --resume never would overwrite it; choose another --out or delete it")
-    if not last.exists():
-        return None
-    try:
-        state = torch.load(last, map_location="cpu", weights_only=True)
-        saved = state["args"]
-    except Exception as e:
-        raise UserError(f"{last}: cannot be read ({type(e).__name__}); it is damaged: delete it or choose another --out")
-    now = plain(args)
-    for key in sorted((saved.keys() | now.keys()) - NOT_COMPARED):
-        if saved.get(key) != now.get(key):
-            raise UserError(f"{out} holds a run with {flag(key)} {saved.get(key)}, now it is {now.get(key)}; "
-                            f"repeat the old command to continue it, or choose another --out")
-    return state
 
 
 def flag(key):
     return "--" + key.replace("_", "-")
-
-
-def plain(args):
-    return {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in vars(args).items()}
-
-
-def save(args, proc, state, name="last.pt"):
-    """Write args.out/name on rank 0: to a temporary file, flushed to the disk, then moved into place."""
-    if proc.main:
-        last = Path(args.out) / name
-        temporary = last.with_suffix(".tmp")
-        try:
-            with open(temporary, "wb") as f:
-                torch.save({"format": 1, **state, "args": plain(args)}, f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, last)
-        except (OSError, RuntimeError) as e:
-            temporary.unlink(missing_ok=True)
-            kept = "the one before it stands" if last.exists() else "none was saved before"
-            raise UserError(f"cannot save {last} ({e.strerror if isinstance(e, OSError) else str(e).splitlines()[0][:80]}); {kept}. Free some space and repeat the command")
 
 
 def write_text(path, text):
@@ -369,10 +364,10 @@ def write_text(path, text):
 
 
 class Stop:
-    """SIGTERM and Ctrl-C, agreed over ranks at the end of a step."""
+    """When to save, and SIGTERM and Ctrl-C: agreed over ranks at the end of a step."""
 
-    def __init__(self, proc):
-        self.proc, self.asked = proc, False
+    def __init__(self, proc, args):
+        self.proc, self.args, self.asked, self.saved = proc, args, False, time.perf_counter()
         self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _ask(self, *_):
@@ -383,8 +378,14 @@ class Stop:
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
-    def now(self):
-        return self.proc.any(self.asked)
+    def after(self, done):
+        """After step `done` (counted from 1) -> (whether to save now, whether a signal has ended the run)."""
+        minutes = (time.perf_counter() - self.saved) / 60
+        ended, due = self.proc.any(self.asked, minutes >= self.args.save_minutes)
+        save = due or ended or done % self.args.save_every == 0 or done == self.args.steps
+        if save:
+            self.saved = time.perf_counter()
+        return save, ended
 
 
 def stopped(args, proc, step):
@@ -393,20 +394,16 @@ def stopped(args, proc, step):
         print(f"stopped by a signal after step {step}, saved; the same command continues", file=sys.stderr, flush=True)
     sys.exit(143)
 
-
-# ---------------------------------------------------------------------------------------------------
-# Progress
-# ---------------------------------------------------------------------------------------------------
-
-
 class Log:
     """Progress bar on stderr, one line per interval on stdout and in log.jsonl, from rank 0.
 
-    Losses are summed on the device and read (a synchronisation) only when a line is due.
+    Losses are summed on the device and read (a synchronisation) only when a line is due. flops: floating-point operations of a step on all
+    processes, whose rate is logged for one process, on a GPU also as a share of what a matrix product reaches there, with the peak of its memory.
     """
 
-    def __init__(self, args, proc, start, steps, name):
-        self.args, self.proc, self.name, self.steps = args, proc, name, steps
+    def __init__(self, args, proc, start, steps, name, flops=0):
+        self.args, self.proc, self.name, self.steps, self.flops = args, proc, name, steps, flops
+        self.peak = proc.peak() if flops else None
         self.sum, self.count, self.time = torch.zeros((), device=proc.device), 0, time.perf_counter()
         self.path = Path(args.out) / "log.jsonl"
         self.bar = bar(proc, steps, name, start)
@@ -426,11 +423,17 @@ class Log:
         rate = self.count * self.args.batch_size / seconds
         if self.proc.main:
             record = {"step": step, "loss": mean, "samples_per_second": round(rate, 1)}
+            tflops, speed = self.flops * self.count / seconds / self.proc.world / 1e12, ""
+            if self.flops:
+                record["tflops"], speed = float(f"{tflops:.3g}"), f"  {tflops:.3g} TFLOP/s"
+            if self.peak:
+                record.update(share=round(tflops / self.peak, 3), memory_gib=round(torch.cuda.max_memory_allocated() / 2 ** 30, 2))
+                speed += f" ({tflops / self.peak:.0%})  {record['memory_gib']:.1f} GiB"
             with open(self.path, "a") as f:
                 f.write(json.dumps(record) + "\n")
             left = tqdm.format_interval((self.steps - step) * seconds / self.count)
             self.bar.set_postfix_str(f"loss {mean:.4g}, {rate:.0f} samples/s", refresh=False)
-            tqdm.write(f"{self.name} step {step}/{self.steps}  loss {mean:.5g}  {rate:.0f} samples/s  {left} left", file=sys.stdout)
+            tqdm.write(f"{self.name} step {step}/{self.steps}  loss {mean:.5g}  {rate:.0f} samples/s{speed}  {left} left", file=sys.stdout)
             sys.stdout.flush()
         self.sum, self.count, self.time = torch.zeros_like(self.sum), 0, time.perf_counter()
         return True

@@ -32,6 +32,7 @@ import time
 
 import torch
 
+import checkpoints
 import data
 import runtime
 import train
@@ -100,15 +101,15 @@ def main(args):
 
     # The base model is the teacher; the student starts as its copy, and so does its average where that is the teacher:
     base, base_info = train.base_model(args)
-    student = proc.student(copy.deepcopy(base), args.compile)
+    student = proc.student(copy.deepcopy(base), args)
     average = copy.deepcopy(base).to(proc.device).eval().requires_grad_(False) if args.teacher == "ema" else None
-    base = proc.frozen(base, args.compile)
+    base = proc.frozen(base, args)
     net = getattr(student, "module", student)
     opt = runtime.adamw(net, args.lr)
     info = {**base_info, "method": "ssd", "grid": grid, "nfe": args.nfe, "cfg": args.cfg, "only_node": grid[args.only_step - 1] if args.only_step else None}
 
     # Resume:
-    state, start = runtime.prepare(args, proc), 0
+    state, start = checkpoints.prepare(args, proc), 0
     if state:
         start = state["step"]
         net.load_state_dict(state["model"])
@@ -130,8 +131,8 @@ def main(args):
 
     nodes = torch.tensor(grid, device=proc.device)
     first, end = (args.only_step - 1, args.only_step) if args.only_step else (0, pairs)
-    guard, stop = Guard(proc), Stop(proc)
-    log = Log(args, proc, start, args.steps, "ssd")
+    guard, stop = Guard(proc), Stop(proc, args)
+    log = Log(args, proc, start, args.steps, "ssd", train.cost(args, info, units(args, info)))
     stream = data.batches(dataset, proc, args.seed, args.batch_size, start)
     for step in range(start, args.steps):
         x0, y = next(stream)
@@ -146,22 +147,22 @@ def main(args):
         noise = rng.normal(x0.shape[1:])
         if dataset.text:
             cfg = args.text_cfg[0] + (args.text_cfg[1] - args.text_cfg[0]) * rng.uniform()
-            loss, _ = ssd_text_loss(student_out, teacher_out, schedule, x0, y, null, s, t, noise, args.lam, cfg, pred, project)
+            loss_of = lambda x0, y, s, t, noise, cfg: ssd_text_loss(student_out, teacher_out, schedule, x0, y, null, s, t, noise, args.lam, cfg, pred, project)[0]
         else:
-            y = torch.where(dropped, info["classes"], y)  # important! once per sample, so that all forwards agree
-            loss, _ = ssd_loss(student_out, teacher_out, schedule, x0, y, s, t, noise, args.lam, pred, guided, project)
-        loss.backward()
+            y, cfg = torch.where(dropped, info["classes"], y), None  # important! once per sample, so that all forwards agree
+            loss_of = lambda x0, y, s, t, noise, _: ssd_loss(student_out, teacher_out, schedule, x0, y, s, t, noise, args.lam, pred, guided, project)[0]
+        loss = proc.backward(student, loss_of, args.accumulate, x0, y, s, t, noise, cfg)
         guard.update(opt, loss, step)
         if average:
             torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in net.parameters()], 1 - TEACHER_EMA)
 
-        done, ended = step + 1, stop.now()
+        save, ended = stop.after(done := step + 1)
         if log.step(done, loss):
             guard.check(args.out)
-        if done % args.save_every == 0 or done == args.steps or ended:
+        if save:
             guard.check(args.out)
             weights = net.state_dict()  # the paper keeps no average: "ema" are the same tensors, stored once
-            runtime.save(args, proc, {"model": weights, "ema": weights, "opt": opt.state_dict(), "step": done, **info, **({"average": average.state_dict()} if average else {})})
+            checkpoints.save(args, proc, {"model": weights, "ema": weights, "opt": opt.state_dict(), "step": done, **info, **({"average": average.state_dict()} if average else {})})
         if ended and done < args.steps:
             runtime.stopped(args, proc, done)
     log.close()
@@ -172,12 +173,15 @@ def main(args):
     train.measure(args, proc, "ssd", time.perf_counter() - began, entries, lam=args.lam)
 
 
+def units(args, info):
+    """Forwards of a step, a backward counting as two."""
+    return 10 if info["arch"].get("context") == "text" or args.guided == "all" else 7 if args.guided == "step" else 5
+
+
 def plan(args, info, proc, grid):
     """What --dry-run prints."""
-    text = info["arch"].get("context") == "text"
-    units = 10 if text or args.guided == "all" else 7 if args.guided == "step" else 5
     what = f"lam {args.lam}" + (f", t = s - {args.interval or 1 / args.nfe:g}, {args.teacher} teacher" if info["prediction"] == "velocity" else "")
-    return train.self_plan("SSD", args, info, proc, grid, units, what, copies=2 if args.teacher == "ema" else 1)
+    return train.self_plan("SSD", args, info, proc, grid, units(args, info), what, copies=2 if args.teacher == "ema" else 1)
 
 
 # ---- Arguments ----------------------------------------------------------------------------------------

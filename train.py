@@ -101,10 +101,11 @@ def main(args, objective=diffusion_loss, method="train"):
         raise UserError("--prediction velocity goes with --schedule interpolant, and only with it")
     if info["arch"]["net"] == "DDPM++" and (args.prediction or args.schedule or objective is not diffusion_loss):
         raise UserError(f"--model {info['name']}: EDM's networks have their own prediction, schedule and loss; leave --prediction and --schedule out")
+    units = 3 if objective is diffusion_loss else 4  # forwards of a step, a backward counting as two
     if args.dry_run:
-        (params, flops), units = models.count(info["arch"]), 3 if objective is diffusion_loss else 4
-        return say(proc, f"{info['prediction']} training of {info['name']}, {params / 1e6:.1f}M parameters, on {args.data}: {args.steps:,} steps of batch "
-                         f"{args.batch_size}, lr {args.lr:g}, EMA {args.ema}; {units} forward units a step, {units * args.batch_size * flops:.3g} FLOP")
+        total = args.steps * cost(args, info, units)
+        return say(proc, f"{info['prediction']} training of {info['name']}, {models.count(info['arch'])[0] / 1e6:.1f}M parameters, on {args.data}: {args.steps:,} steps of batch "
+                         f"{args.batch_size}, lr {args.lr:g}, EMA {args.ema}; {units} forward units a step, {total:.3g} FLOP\n{hours(total, args, proc)}")
     if args.ckpt:
         net, _ = checkpoints.load_model(args.ckpt, args.model, args.image_size)
     else:
@@ -113,11 +114,11 @@ def main(args, objective=diffusion_loss, method="train"):
         if isinstance(net, models.DiT):
             torch.nn.init.normal_(net.y_embedder.embedding_table.weight, std=args.label_std)
     ema = EMA(net.to(proc.device), args.ema)
-    student = proc.student(net, args.compile)
+    student = proc.student(net, args)
     opt = runtime.adamw(net, args.lr)
 
     # Resume:
-    state, start = runtime.prepare(args, proc), 0
+    state, start = checkpoints.prepare(args, proc), 0
     if state:
         start = state["step"]
         if start >= args.steps:
@@ -128,8 +129,8 @@ def main(args, objective=diffusion_loss, method="train"):
         del state
 
     info["null"], null = dataset.null if dataset.text else None, dataset.null.to(proc.device) if dataset.text else info["classes"]  # what guidance starts from
-    denoise, guard, stop = proc.mixed(student), Guard(proc), Stop(proc)
-    log = Log(args, proc, start, args.steps, method)
+    denoise, guard, stop = proc.mixed(student), Guard(proc), Stop(proc, args)
+    log = Log(args, proc, start, args.steps, method, cost(args, info, units))
     stream = data.batches(dataset, proc, args.seed, args.batch_size, start)
     for step in range(start, args.steps):
         x0, y = next(stream)
@@ -137,19 +138,19 @@ def main(args, objective=diffusion_loss, method="train"):
         net.dropout, net.rng = DROPOUT, rng  # where a network has dropout, its masks depend on (seed, step) alone, too
         t = training_times(schedule, rng)
         y = torch.where((rng.uniform() < 0.1).view(-1, *[1] * (y.ndim - 1)), null, y)
-        loss, _ = objective(denoise, schedule, x0, y, t, rng.normal(x0.shape[1:]), info["prediction"])
-        loss.backward()
+        loss_of = lambda x0, y, t, noise: objective(denoise, schedule, x0, y, t, noise, info["prediction"])[0]
+        loss = proc.backward(student, loss_of, args.accumulate, x0, y, t, rng.normal(x0.shape[1:]))
         for group in opt.param_groups:
             group["lr"] = args.lr * learning_rate(step, args)
         guard.update(opt, loss, step, args.clip)
         ema.update(net, step)
 
-        done, ended = step + 1, stop.now()
+        save, ended = stop.after(done := step + 1)
         if log.step(done, loss):
             guard.check(args.out)
-        if done % args.save_every == 0 or done == args.steps or ended:
+        if save:
             guard.check(args.out)
-            runtime.save(args, proc, {"model": net.state_dict(), "ema": ema.state_dict(net), "opt": opt.state_dict(), "step": done, **info})
+            checkpoints.save(args, proc, {"model": net.state_dict(), "ema": ema.state_dict(net), "opt": opt.state_dict(), "step": done, **info})
         if ended and done < args.steps:
             runtime.stopped(args, proc, done)
     log.close()
@@ -157,6 +158,20 @@ def main(args, objective=diffusion_loss, method="train"):
     proc.barrier()  # the others read what rank 0 has written
     say(proc, f"{args.out}/last.pt is ready")
     return Path(args.out) / "last.pt"
+
+
+def cost(args, info, units):
+    """Floating-point operations of a step of so many forwards, on all processes."""
+    return units * args.batch_size * models.count(info["arch"])[1]
+
+
+def hours(total, args, proc):
+    """A line of every plan: the expected hours of this many floating-point operations by kind of card."""
+    minutes = {card: total / proc.world / SHARE / tflops / 6e13 for card, tflops in CARDS.items()}
+    times = ", ".join(f"{card} {m / 60:.1f} h" if m > 90 else f"{card} {m:.0f} min" for card, m in minutes.items())
+    compiled = args.compile if args.compile is not None else args.steps >= runtime.WORTH_COMPILING
+    return (f"time         on {proc.world} x {times}, at {SHARE:.0%} of the peak; networks {'' if compiled else 'not '}compiled on a GPU; "
+            f"a checkpoint every {args.save_minutes:g} minutes at the latest")
 
 
 def learning_rate(step, args):
@@ -334,9 +349,11 @@ def self_plan(name, args, info, proc, grid, units, what, copies=1):
              f"sampling     {args.nfe} steps at t = {', '.join(f'{t:.4g}' for t in grid[:3])}, ..., {grid[-2]:.4g}; guidance {args.cfg:g}",
              f"training     {what}, lr {args.lr:g}, batch {args.batch_size} ({proc.world} x {rows}), {args.steps:,} steps" + (f", node {args.only_step} only" if args.only_step else ""),
              f"data         {args.data}"]
+    pool = 0
     if args.data.startswith("synthetic:"):
         steps = int(args.data[10:]) * (1 if args.cfg == 1 else 2)
-        lines[-1] += (f": {args.pool:,} samples of the base model, made first, {steps} forwards each, {args.pool * steps * flops:.3g} FLOP, "
+        pool = args.pool * steps * flops
+        lines[-1] += (f": {args.pool:,} samples of the base model, made first, {steps} forwards each, {pool:.3g} FLOP, "
                       f"{args.pool * 2 * arch['in_channels'] * arch['input_size'] ** 2 / GiB:.2g} GiB on disk")
     memory = f"memory       about {fixed / GiB:.3g} GiB a process for weights, gradients, Adam, teacher"
     if "patch_size" in arch:  # bytes a token, channel and block: 48 under bf16, 80 in float32, counted with saved_tensors_hooks; 4 for stored features
@@ -344,6 +361,7 @@ def self_plan(name, args, info, proc, grid, units, what, copies=1):
         moving = tokens * ((48 if half else 80) + 4)
         memory = f"memory       about {(fixed + moving) / GiB:.3g} GiB a process: weights, gradients, Adam, teacher {fixed / GiB:.3g}; activations, stored features {moving / GiB:.3g}"
     lines += [f"cost         {units} forward units a step: {units * args.batch_size * flops:.3g} FLOP a step, {args.steps * units * args.batch_size * flops:.3g} FLOP in all",
+              hours(args.steps * units * args.batch_size * flops + pool, args, proc),
               memory,
               f"checkpoint   {args.out}/last.pt, {params * (8 + 4 * copies) / GiB:.2g} GiB, every {args.save_every} steps",
               f"quality      {f'{args.eval_samples:,} samples a row, before, after and two controls' if args.eval_samples else 'not measured'}"]
@@ -370,6 +388,9 @@ def self_arguments(p):
 
 # ---- Arguments ----------------------------------------------------------------------------------------
 
+# Dense bf16 TFLOP/s of a card by its datasheet, and the share of it that plans count on: with 40 % the SSD paper's iSSD run (8,007 steps, 1.2e18 FLOP,
+# 8 A6000) takes the 40 minutes that it reports.
+CARDS, SHARE = {"A6000": 155, "A100": 312, "H100 or H200": 989}, 0.4
 DROPOUT = 0.1  # of DDPM++ networks, to prevent over-fitting (the KD paper, A.1); no other has any
 POOL = 50_000  # synthetic samples; the paper does not say how many it made
 
