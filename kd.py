@@ -13,17 +13,18 @@ A student D_theta, smaller than its frozen teacher D_phi and made of random weig
         D_phi^w(x; sigma, c) = (1 + w) D_phi(x; sigma, c) - w D_phi(x; sigma)                                       Eq. 4
 
 The paper's teachers are two networks, with classes and without (--uncond); one that knows the null label serves as well. --drop: Eq. 5 with the label
-dropped, for a student that is guided as usual. --alpha: mixed training, (1 - alpha) Eq. 5 + alpha | D_theta - x0 |^2 (Eq. 7); --alpha 1 is the
+dropped, for a student that is guided as usual. --alpha: mixed training, (1 - alpha) Eq. 5 + alpha Eq. 3 (Eq. 8); --alpha 1 is the
 baseline, denoising score matching (Eq. 3), with its dropout.
 
 Differences from the paper. Scales of guidance are the other scripts': ours is 1 + w, 1 is none. Student and teacher share the preconditioning, for
-which lambda_sigma c_out^2 = 1: the loss is the mean square of the outputs' difference, and any of our networks takes part (DiT -> smaller DiT), with its own
-times. The average's half-life is printed as 50 million images, the whole of the run; EDM, which it follows, has 0.5 million, and a ramp-up:
-so have we. No nan_to_num: a bad gradient stops the run. No augmentation. How the student takes w, it does not say: embedded as the noise level is, starting at zero.
+which lambda_sigma c_out^2 = 1: the loss is the mean square of the outputs' difference, and any pair of our networks with the same prediction takes part
+(DiT -> smaller DiT), with its own times. The average's half-life is printed as 50 million images, the whole of the run; EDM, which it follows, has 0.5 million,
+and a ramp-up: so have we. EDM replaces gradients that are not finite (nan_to_num); here they stop the run. No augmentation. How the student takes w, the
+paper does not say: embedded as the noise level is, starting at zero.
 
     python kd.py                                                                      the digits, minutes on two CPU cores
     python kd.py --model DDPM++-t-uncond --student DDPM++-96 --data cifar10           one GPU
-    torchrun --nproc_per_node 8 kd.py --model DDPM++-t --uncond UNCOND.pkl --student DDPM++-96 --w 1 4 --data cifar10
+    torchrun --nproc_per_node 8 kd.py --model DDPM++-t --student DDPM++-96 --w 1 4 --data cifar10
 
 Writes runs/kd/{last.pt, log.jsonl, metrics.json, samples.png}.
 """
@@ -39,7 +40,7 @@ import models
 import runtime
 import train
 from runtime import EMA, Guard, Log, Processes, StepRandom, Stop, UserError, say
-from solvers import add_noise, column, from_x0_eps, guide, make_schedule
+from solvers import add_noise, column, from_x0_eps, guide, make_schedule, solver_grid
 
 # ---- Method -------------------------------------------------------------------------------------------
 
@@ -54,7 +55,7 @@ def guided_by(cond, uncond):
 
 
 def kd_loss(student, teacher, schedule, x0, y, t, noise, w=None, prediction="edm", alpha=0.0):
-    """Eq. 5; with scales of guidance w (B,) Eq. 6; with alpha > 0 Eq. 7, of which alpha = 1 is Eq. 3 -> the loss.
+    """Eq. 5; with scales of guidance w (B,) Eq. 6; with alpha > 0 Eq. 8, of which alpha = 1 is Eq. 3 -> the loss.
 
     x0, noise (B, C, H, W); y (B,) labels, already dropped; t (B,) times of the schedule. student, teacher: net(x, t, y), or net(x, t, y, w) where they
     take w. A mean square of outputs is lambda_sigma |D - D|^2 where the preconditioning is one and the same, since lambda_sigma c_out^2 = 1.
@@ -68,7 +69,7 @@ def kd_loss(student, teacher, schedule, x0, y, t, noise, w=None, prediction="edm
         loss = (1 - alpha) * (out - target).square().mean()                                        # Eq. 5, 6
     if alpha > 0:
         loss = loss + alpha * (out - from_x0_eps(schedule, x0, noise, t, prediction)).square().mean()   # Eq. 3
-    return loss                                                                                    # Eq. 7
+    return loss                                                                                    # Eq. 8
 
 
 def ema_decay(images, batch, half_life):
@@ -90,14 +91,14 @@ def main(args):
 
     # The teacher is frozen; the student starts from random weights:
     base, base_info = train.base_model(args, "edm")
-    teacher = proc.mixed(proc.frozen(base, args.compile))
+    teacher = base_out = proc.mixed(proc.frozen(base, args.compile))
     torch.manual_seed(args.seed)
     net = models.build(arch)
     ema = EMA(net.to(proc.device), 1.0)
     student, opt = proc.student(net, args.compile), runtime.adamw(net, args.lr)
     info = {**base_info, "name": args.student, "arch": arch, "method": "kd", "nfe": args.nfe, "cfg": args.cfg}
     if args.uncond:
-        teacher = guided_by(teacher, proc.mixed(proc.frozen(load_uncond(args, base_info), args.compile)))
+        teacher = guided_by(base_out, proc.mixed(proc.frozen(load_uncond(args, base_info), args.compile)))
 
     # Resume:
     state, start = runtime.prepare(args, proc), 0
@@ -111,7 +112,7 @@ def main(args):
             return train.report(args, proc)
 
     # Setup data; without any, the teacher's own samples:
-    dataset, _ = train.training_data(args, teacher, base_info, proc)
+    dataset, _ = train.training_data(args, base_out, base_info, proc)
     info["null"], null = (dataset.null, dataset.null.to(proc.device)) if dataset.text else (None, info["classes"])
     B, student_out = args.batch_size, proc.mixed(student)
     guard, stop, log = Guard(proc), Stop(proc), Log(args, proc, start, args.steps, "kd")
@@ -143,10 +144,12 @@ def main(args):
     # Teacher, student and the baseline, score matching for as many steps, on the same noise and labels:
     entries = {}
     if args.eval_samples:
-        say(proc, f"the control: score matching (Eq. 3) for {args.steps} steps")
-        main(argparse.Namespace(**{**vars(args), "alpha": 1.0, "dropout": train.DROPOUT, "w": None, "uncond": None, "out": f"{args.out}/dsm", "eval_samples": 0,
-                                      "drop": 0.1 if args.w else args.drop}))  # guided as usual, so it must know the null label
-        files = {"score matching": f"{args.out}/dsm/last.pt", "after": f"{args.out}/last.pt"}
+        files = {"after": f"{args.out}/last.pt"}
+        if args.alpha < 1:
+            say(proc, f"the control: score matching (Eq. 3) for {args.steps} steps")
+            main(argparse.Namespace(**{**vars(args), "alpha": 1.0, "dropout": train.DROPOUT, "w": None, "uncond": None, "out": f"{args.out}/dsm", "eval_samples": 0,
+                                       "drop": 0.1 if args.w else args.drop}))  # guided as usual, so it must know the null label
+            files = {"score matching": f"{args.out}/dsm/last.pt", **files}
         nets = {"before": (teacher, base_info), **{k: (proc.mixed(proc.frozen(net)), made) for k, (net, made) in ((k, checkpoints.load_model(f)) for k, f in files.items())}}
         entries = {name + (f", {nfe} evaluations" if nfe != args.nfe else ""): (net, made, nfe, args.cfg) for nfe in sorted({args.nfe, 9}) for name, (net, made) in nets.items()}
     train.measure(args, proc, "kd", time.perf_counter() - began, entries)
@@ -154,8 +157,14 @@ def main(args):
 
 def load_uncond(args, info):
     """The second network of Eq. 4, which knows no classes. Raises UserError."""
-    net, other = checkpoints.load_model(args.uncond)
-    if other["classes"] or any(other[k] != info[k] for k in ("prediction", "schedule", "scale")) or net.arch["in_channels"] != info["arch"]["in_channels"]:
+    path = args.uncond
+    if path.startswith("DDPM++"):
+        path = checkpoints.upstream_checkpoint(path, None, runtime.CACHE)
+    elif "://" in path:
+        path = checkpoints.fetch(path, runtime.CACHE, check=checkpoints.load_model, flag="--uncond")
+    net, other = checkpoints.load_model(path)
+    shape = lambda arch: (arch["in_channels"], arch["input_size"])
+    if other["classes"] or any(other[k] != info[k] for k in ("prediction", "schedule", "scale")) or shape(other["arch"]) != shape(info["arch"]):
         raise UserError(f"--uncond {args.uncond}: must be like the teacher, but without classes")
     return net
 
@@ -163,43 +172,67 @@ def load_uncond(args, info):
 def plan(args, info, proc, arch):
     """What --dry-run prints."""
     (params, flops), (teacher_params, teacher_flops) = models.count(arch), models.count(info["arch"])
-    guided, halves = args.cfg != 1, 1 if args.w else 2
-    cost = lambda flops, N, nets: f"{(2 * N - 1) * flops * nets / 1e9:.4g}"
-    table = [f"             {N:2} steps, {2 * N - 1:2} evaluations: student {cost(flops, N, halves if guided else 1)}, teacher {cost(teacher_flops, N, 2 if guided else 1)}" for N in (3, 5, 10, 18)]
+    guided, heun = args.cfg != 1 and info["classes"] > 0, info["solver"] == "heun"
+    cost = lambda flops, nfe, halves: f"{nfe * flops * halves / 1e9:.4g}"
+    line = lambda nfe: (f"             {(nfe + 1) // 2:2} steps, {nfe:2} evaluations" if heun else f"             {nfe:2} evaluations") + \
+        f": student {cost(flops, nfe, 2 if guided and not args.w else 1)}, teacher {cost(teacher_flops, nfe, 2 if guided else 1)}"
     step = 3 * flops + (teacher_flops * (2 if args.w else 1) if args.alpha < 1 else 0)
     return "\n".join([
         f"KD of {info['name']}, {teacher_params / 1e6:.1f}M parameters, {teacher_flops / 1e9:.4g} GFLOP a forward and sample, into {args.student}, {params / 1e6:.1f}M, {flops / 1e9:.4g} GFLOP",
         f"training     {args.steps:,} steps of {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), lr {args.lr:g} after {args.warmup:,} steps, half-life {args.half_life:,} images, "
-        + (f"scales of guidance {args.w[0]:g} to {args.w[1]:g}" if args.w else f"labels dropped {args.drop:g}") + f", alpha {args.alpha:g}, dropout {args.dropout:g}, on {args.data}",
+        + (f"scales of guidance {args.w[0]:g} to {args.w[1]:g}, without classes {args.uncond or 'the teacher itself'}" if args.w else f"labels dropped {args.drop:g}")
+        + f", alpha {args.alpha:g}" + (f", dropout {args.dropout:g}" if arch["net"] == "DDPM++" else "") + f", on {args.data}",
         f"cost         {step * args.batch_size:.3g} FLOP a step, {args.steps * step * args.batch_size:.3g} FLOP in all",
-        f"sampling     GFLOP a sample by Heun's method, guidance {args.cfg:g}", *table])
+        f"sampling     {args.nfe} evaluations, guidance {args.cfg:g}; GFLOP a sample at", *map(line, sorted({5, 9, 19, 35, args.nfe} if heun else {10, 20, 50, args.nfe}))])
 
 
 # ---- Arguments ----------------------------------------------------------------------------------------
 
-# A.1; lr ramp-up over 10 million images and the half-life as in EDM.
-PAPER = dict(student="DDPM++-96", steps=100_000, batch_size=512, lr=1e-3, warmup=19_531, half_life=500_000, nfe=19, eval_samples=0, log_every=100, save_every=1000)
-SD = dict(student="SD-KD", steps=100_000, batch_size=512, lr=3e-4, warmup=0, half_life=500_000, nfe=50, eval_samples=0, log_every=100, save_every=1000)  # A.2
-DIGITS = dict(student="DDPM++-8x1", data="digits", steps=600, batch_size=96, lr=3e-3, warmup=50, half_life=10_000, nfe=19, eval_samples=2000, log_every=50, save_every=200)
+# A.1; the learning rate's ramp-up over 10 million images and the half-life as in EDM.
+PAPER = dict(student="DDPM++-96", steps=100_000, batch_size=512, lr=1e-3, half_life=500_000, nfe=19, eval_samples=0, log_every=100, save_every=1000)
+SD = dict(PAPER, student="SD-KD", lr=3e-4, warmup=0, half_life=6931 * 512, nfe=50)  # A.2; Stable Diffusion's average of 0.9999 a step
+OTHER = dict(PAPER, student=None, lr=1e-4, warmup=0, nfe=50)  # networks that the paper has not: the learning rate of upstream DiT
+DIGITS = dict(data="digits", steps=600, batch_size=96, lr=3e-3, warmup=50, half_life=10_000, eval_samples=2000, log_every=50, save_every=200)
 
 
 def fill_defaults(args, info):
-    """Defaults for the digits and for the rest; returns the student's arch."""
-    cifar = info["arch"]["input_size"] == 32 and info["scale"] is None
-    args.dropout = args.dropout if args.dropout is not None else train.DROPOUT if args.alpha == 1 else 0.0  # the baseline's alone (A.1)
-    preset = DIGITS if train.is_digits(info) else SD if info["arch"].get("context") == "text" else PAPER
-    args.drop = args.drop if args.drop is not None else 0.1 if info["classes"] and info["method"] and not args.w else 0.0  # released DDPM++ have not learned the null label
-    train.fill(args, info, {"data": "cifar10" if cifar else f"synthetic:{info['nfe'] or 50}", **preset})
-    runtime.check_positive(args, "half_life")
-    if not 0 <= args.alpha <= 1 or not 0 <= args.drop <= 1 or not 0 <= args.dropout < 1 or args.warmup < 0:
-        raise UserError("--alpha, --drop and --dropout must lie between 0 and 1, --warmup must not be negative")
-    if args.w and not (1 <= args.w[0] <= args.w[1] < math.inf and info["classes"]):
-        raise UserError("--w takes two scales of guidance of at least 1 in their order, and wants a teacher with classes")
-    if args.uncond and not args.w:
-        raise UserError("--uncond is the second network of guided distillation: say how far with --w 1 4")
+    """Defaults for the digits and for the rest; returns the student's arch. Raises UserError."""
+    edm, text, K = info["prediction"] == "edm", info["arch"].get("context") == "text", info["classes"]
+    knows_null = text or K and (info["method"] or not edm)  # released DDPM++ have not learned the null label
     if info["arch"].get("guidance") or info["only_node"] is not None:
         raise UserError("this teacher takes the scale of guidance as an input, or makes one step only; give --ckpt a whole one")
-    arch = models.make_arch(args.student, info["arch"]["input_size"], info["arch"]["in_channels"], info["classes"])
+    if args.uncond and not args.w:
+        raise UserError("--uncond is the second network of guided distillation: say how far with --w 1 4")
+    if args.w and not (1 <= args.w[0] <= args.w[1] < math.inf and K) or args.w and (args.alpha or args.drop):
+        raise UserError("--w takes two scales of guidance of at least 1 in their order, wants a teacher with classes, and goes neither with --alpha nor with --drop")
+    if args.w and not args.ckpt and args.model == "DDPM++-t" and not args.uncond:
+        args.uncond = "DDPM++-t-uncond"  # the paper's second teacher
+    preset = PAPER if edm else SD if text else OTHER
+    if train.is_digits(info):
+        preset = {**preset, **DIGITS, **(dict(student="DDPM++-8x1") if edm else {})}
+    if not (args.student or preset["student"]):
+        raise UserError(f"say which network the student is, a smaller one of {info['name']}'s kind, as --student DiT-S/2")
+    cifar = info["arch"]["input_size"] == 32 and info["scale"] is None
+    args.dropout = args.dropout if args.dropout is not None else train.DROPOUT if args.alpha == 1 else 0.0  # the baseline's alone (A.1)
+    args.drop = args.drop if args.drop is not None else 0.1 if knows_null and not args.w else 0.0
+    args.batch_size = args.batch_size if args.batch_size is not None else preset["batch_size"]
+    own = min(max(info["cfg"], args.w[0]), args.w[1]) if args.w else info["cfg"]
+    train.fill(args, info, {"data": "cifar10" if cifar else f"synthetic:{info['nfe'] or 50}", "warmup": round(1e7 / max(args.batch_size, 1)), "cfg": own, **preset})
+    runtime.check_positive(args, "half_life", "nfe")
+    solver_grid(make_schedule(info["schedule"]), info["solver"], args.nfe, info["grid"])  # can the student be sampled so?
+    if not 0 <= args.alpha <= 1 or not 0 <= args.drop <= 1 or not 0 <= args.dropout < 1 or args.warmup < 0:
+        raise UserError("--alpha, --drop and --dropout must lie between 0 and 1, --warmup must not be negative")
+    if text and args.data.startswith("synthetic"):
+        raise UserError("a model with prompts cannot make its own data: give --data LATENTS, which data.py encode makes")
+    if not knows_null and K and (args.drop or not args.uncond and (args.w or args.cfg != 1)):
+        raise UserError("this teacher knows classes and no null label: guided distillation wants --uncond CKPT, and without --w leave --drop and --cfg out")
+    if args.w and not args.w[0] <= args.cfg <= args.w[1]:
+        raise UserError(f"--cfg {args.cfg:g}: the student learns guidance from {args.w[0]:g} to {args.w[1]:g}; widen --w, or sample within it")
+    arch = models.make_arch(args.student, info["arch"]["input_size"], info["arch"]["in_channels"], K)
+    if (arch["net"] == "DDPM++") != edm or (arch.get("context") == "text") != text or (args.w and arch["net"] == "UNet"):
+        raise UserError(f"--student {args.student}: EDM's teachers want a DDPM++, those with prompts a U-Net with prompts, others a DiT, SiT or (without --w) a U-Net")
+    if text and arch["context_dim"] != info["arch"]["context_dim"] or arch["num_classes"] != info["arch"]["num_classes"]:
+        raise UserError(f"--student {args.student}: must know the same classes or prompts as the teacher")
     return {**arch, "guidance": True} if args.w else arch
 
 
@@ -208,13 +241,13 @@ def parser():
     p.add_argument("--model", help="the teacher: DDPM++-t-uncond, DDPM++-t, DiT-XL/2, ...; released weights are fetched where there are any")
     p.add_argument("--image-size", type=int, help="of the released weights (default: what they were made for)")
     p.add_argument("--ckpt", help="the teacher: a checkpoint's path or URL, ours or upstream's; default: a DDPM++ of the digits, made here")
-    p.add_argument("--student", help="DDPM++-{32,64,96,128}, DiT-S/2, ... (default DDPM++-96, digits DDPM++-8x1)")
+    p.add_argument("--student", help="of the teacher's kind: DDPM++-{32,64,96,128} (default 96, digits 8x1), SD-KD, DiT-S/2, ...")
     p.add_argument("--data", help="digits, mnist, cifar10, ..., a folder of images or cached latents, or synthetic:STEPS")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
     p.add_argument("--w", type=float, nargs=2, metavar="SCALE", help="guided distillation: range of the scales that the student takes as an input; 1 4 is the paper's 0 to 3")
-    p.add_argument("--uncond", metavar="CKPT", help="the teacher without classes, for --w; default: the teacher itself with the null label")
-    p.add_argument("--drop", type=float, metavar="P", help="probability of the null label (default 0.1 where the teacher knows it and --w is not given)")
-    p.add_argument("--alpha", type=float, default=0.0, help="Eq. 7: weight of score matching; 1 is the baseline")
+    p.add_argument("--uncond", metavar="CKPT", help="the teacher without classes, for --w: path, URL or DDPM++-t-uncond (default with --model DDPM++-t); else the teacher itself with the null label")
+    p.add_argument("--drop", type=float, metavar="P", help="probability of the null label, where the teacher knows it and --w is not given (default 0.1)")
+    p.add_argument("--alpha", type=float, default=0.0, help="Eq. 8: weight of score matching; 1 is the baseline")
     p.add_argument("--dropout", type=float, metavar="P", help="in DDPM++ students (default 0; 0.1 with --alpha 1)")
     p.add_argument("--half-life", type=float, metavar="IMAGES", help="of the averaged weights (default 500,000)")
     p.add_argument("--nfe", type=int, help="evaluations of the network when sampling; Heun's N steps take 2N - 1 (default 19)")
@@ -222,7 +255,7 @@ def parser():
     p.add_argument("--steps", type=int)
     p.add_argument("--batch-size", type=int, help="of all processes together")
     p.add_argument("--lr", type=float)
-    p.add_argument("--warmup", type=int, help="steps over which the learning rate rises (default: 10 million images)")
+    p.add_argument("--warmup", type=int, help="steps over which the learning rate rises (default: 10 million images; networks the paper has not, 0)")
     p.add_argument("--eval-samples", type=int, help="samples per row of the table (digits: 2000, else 0)")
     runtime.common_arguments(p, "runs/kd")
     return p

@@ -636,7 +636,7 @@ def make_arch(name, input_size, in_channels, num_classes, learn_sigma=False):
     shape = dict(input_size=input_size, in_channels=in_channels)
     edm = re.fullmatch(r"DDPM\+\+-(\w+?)(-uncond)?", name)
     size = edm and re.fullmatch(r"(\d+)x(\d+)", DDPMPP.get(edm[1], edm[1]))
-    if size and int(size[1]) % 4 == 0 < int(size[1]) * int(size[2]):
+    if size and int(size[2]) and (int(size[1]) in range(4, 41, 4) or int(size[1]) in range(64, 1025, 32)):  # groups of norms must divide 1 to 4 times the channels
         levels, what = 3 if input_size >= 16 else 2, "its levels"
         tile, attention = 2 ** (levels - 1), min((input_size >> level for level in range(levels)), key=lambda side: abs(side - 16))
         arch = dict(net="DDPM++", model_channels=int(size[1]), num_blocks=int(size[2]), channel_mult=[2] * levels, **shape,
@@ -648,7 +648,7 @@ def make_arch(name, input_size, in_channels, num_classes, learn_sigma=False):
     else:
         match = re.fullmatch(r"(DiT|SiT)-(Na|Ti|S|B|L|XL)/([1248])", name.removesuffix("-REPA") if name.startswith("SiT") else name)
         if not match:
-            known = f"DiT- or SiT-{{{','.join(SIZES)}}}/{{1,2,4,8}}, for example DiT-XL/2, or {', '.join([*UNETS, *('DDPM++-' + n for n in DDPMPP)])}, DDPM++-CxB (C channels, B blocks)"
+            known = f"DiT- or SiT-{{{','.join(SIZES)}}}/{{1,2,4,8}}, for example DiT-XL/2, or {', '.join([*UNETS, *('DDPM++-' + n for n in DDPMPP)])}, DDPM++-CxB (C = 4, 8, ..., 40, 64, 96, ... channels, B blocks)"
             raise UserError(f"--model {name}: unknown; choose {known}")
         tile, what = int(match[3]), f"patches of {match[3]}"
         arch = dict(net=match[1], **shape, patch_size=tile, num_classes=num_classes, learn_sigma=learn_sigma, **SIZES[match[2]])

@@ -11,6 +11,7 @@ import checkpoints
 import kd
 import models
 import train
+from runtime import UserError
 from solvers import SIGMA_DATA, add_noise, from_x0_eps, guide, make_schedule, to_x0_eps
 
 S = make_schedule("edm")
@@ -48,7 +49,7 @@ def lam(t):
     return ((t ** 2 + SIGMA_DATA ** 2) / (t * SIGMA_DATA) ** 2).view(-1, 1, 1, 1)
 
 
-def test_equations_3_5_6_and_7_in_the_papers_terms(batch):
+def test_equations_3_5_6_and_8_in_the_papers_terms(batch):
     """With denoised images and lambda_sigma, as printed."""
     (x0, y, t, noise), student, teacher = batch, Toy(0.5, 0.2, 0.1), Toy()
     D, target = denoised(student, x0, y, t, noise), denoised(teacher, x0, y, t, noise)
@@ -131,11 +132,18 @@ def teacher(tmp_path_factory):
     return path
 
 
+def uncond_of(teacher, folder):
+    """A second teacher, without classes."""
+    net, held = models.fill_random(models.build(models.make_arch("DDPM++-8x1", 8, 1, 0)), seed=1), torch.load(teacher, weights_only=True)
+    torch.save({**held, "model": net.state_dict(), "ema": net.state_dict(), "arch": net.arch, "classes": 0, "name": "DDPM++-8x1-uncond"}, folder / "uncond.pt")
+    return folder / "uncond.pt"
+
+
 def words(teacher, out, *more):
     return ["kd.py", "--ckpt", teacher, "--steps", 8, "--batch-size", 8, "--eval-samples", 0, "--log-every", 1, "--save-every", 3, "--out", out, *more]
 
 
-GUIDED = ("--w", 1, 4, "--alpha", 0.25, "--dropout", 0.1)
+GUIDED = ("--w", 1, 4, "--dropout", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +171,7 @@ def test_dit_into_a_smaller_dit(tmp_path, ckpt):
 
 
 def test_two_teachers_and_the_table(tmp_path, teacher):
-    uncond = models.fill_random(models.build(models.make_arch("DDPM++-8x1", 8, 1, 0)), seed=1)
-    held = torch.load(teacher, weights_only=True)
-    torch.save({**held, "model": uncond.state_dict(), "ema": uncond.state_dict(), "arch": uncond.arch, "classes": 0, "name": "DDPM++-8x1-uncond"}, tmp_path / "uncond.pt")
-    command = words(teacher, tmp_path / "out", "--uncond", tmp_path / "uncond.pt", "--w", 1, 4, "--cfg", 1.25, "--eval-samples", 70, "--nfe", 5)
+    command = words(teacher, tmp_path / "out", "--uncond", uncond_of(teacher, tmp_path), "--w", 1, 4, "--cfg", 1.25, "--eval-samples", 70, "--nfe", 5)
     out = inside(*command)
     assert all(row in out for row in ("before, 9 evaluations", "score matching", "after kd")) and (tmp_path / "out" / "samples.png").exists()
     assert inside(*command) in out
@@ -179,5 +184,83 @@ def test_the_plan_counts_what_the_paper_counts():
     plan = inside("kd.py", "--model", "DDPM++-t", "--student", "DDPM++-96", "--w", 1, 4, "--cfg", 1.5, "--dry-run")
     numbers = {int(n): tuple(map(float, v)) for n, *v in re.findall(r"(\d+) steps, +\d+ evaluations: student ([\d.]+), teacher ([\d.]+)", plan)}
     assert numbers[10][0] == pytest.approx(273, rel=0.006) and numbers[3][1] == pytest.approx(424, rel=0.006)
-    assert "half-life 500,000" in plan and "lr 0.001 after 19,531" in plan and "on cifar10" in plan
-    assert "labels dropped 0," in inside("kd.py", "--model", "DDPM++-t-uncond", "--dry-run")
+    assert "half-life 500,000" in plan and "lr 0.001 after 19,531" in plan and "on cifar10" in plan and "without classes DDPM++-t-uncond" in plan
+    plan = inside("kd.py", "--model", "DDPM++-t-uncond", "--batch-size", 128, "--dry-run")
+    assert "labels dropped 0," in plan and "after 78,125 steps" in plan and "dropout 0," in plan
+    plan = inside("kd.py", "--model", "DiT-XL/2", "--student", "DiT-S/2", "--dry-run")  # upstream's DiT knows the null label
+    assert "labels dropped 0.1," in plan and "lr 0.0001 after 0 steps" in plan and "dropout" not in plan and "steps, " not in plan.split("sampling")[1]
+    plan = inside("kd.py", "--model", "SD-v1.5", "--data", "latents", "--dry-run")
+    assert "into SD-KD, 309.0M" in plan and "labels dropped 0.1" in plan and "half-life 3,548,672" in plan
+
+
+class Seen(Exception):
+    pass
+
+
+def first_steps(monkeypatch, n, *command):
+    """The arguments of kd_loss in the first n steps of a command, and what Guard.update and EMA.update were given."""
+    calls, loss = [], kd.kd_loss
+
+    def spy(student, teacher, schedule, x0, y, t, noise, w, prediction, alpha):
+        calls.append(dict(student=student.net, teacher=teacher, y=y, t=t, w=w, prediction=prediction, alpha=alpha, dropout=getattr(student.net, "dropout", None), training=student.net.training))
+        if len(calls) > n:
+            raise Seen
+        return loss(student, teacher, schedule, x0, y, t, noise, w, prediction, alpha)
+
+    monkeypatch.setattr(kd, "kd_loss", spy)
+    with pytest.raises(Seen):
+        inside(*command)
+    monkeypatch.undo()
+    return calls
+
+
+def test_the_loop_gives_the_loss_what_the_command_says(tmp_path, teacher, ckpt, monkeypatch):
+    uncond = uncond_of(teacher, tmp_path)
+    a, b, _ = first_steps(monkeypatch, 2, *words(teacher, tmp_path / "a", "--uncond", uncond, "--w", 2, 4, "--batch-size", 32, "--dropout", 0.2))
+    assert float(a["w"].min()) >= 2 and float(a["w"].max()) <= 4 and len(a["w"].unique()) == 32 and not torch.equal(a["w"], b["w"]) and float(torch.cat([a["w"], b["w"]]).min()) < 2.3
+    assert (a["alpha"], a["prediction"], a["dropout"], a["training"]) == (0, "edm", 0.2, True) and a["teacher"].guidance and (a["y"] < 10).all()
+    x, t, y, w = torch.randn(4, 1, 8, 8), torch.full((4,), 0.5), torch.arange(4), torch.full((4,), 2.0)
+    cond, other = checkpoints.load_model(teacher)[0].eval(), checkpoints.load_model(uncond)[0].eval()
+    torch.testing.assert_close(a["teacher"](x, t, y, w), 2 * cond(x, t, y) - other(x, t, y))
+    a, *_ = first_steps(monkeypatch, 1, *words(ckpt, tmp_path / "b", "--student", "DiT-Na/2", "--nfe", 10, "--drop", 0.5, "--alpha", 0.25, "--batch-size", 64))
+    assert (a["alpha"], a["prediction"], a["w"]) == (0.25, "eps", None) and 16 < int((a["y"] == 10).sum()) < 48 and a["training"] and not a["teacher"].net.training
+    a, *_ = first_steps(monkeypatch, 1, *words(teacher, tmp_path / "c", "--drop", 0))
+    assert (a["y"] < 10).all() and a["dropout"] == 0
+
+
+def test_rate_average_and_what_is_written(tmp_path, teacher, monkeypatch):
+    """Two steps by hand: the learning rate in its ramp-up, the average by the images of the whole batch."""
+    rates, decays, update, average = [], [], kd.Guard.update, kd.EMA.update
+    monkeypatch.setattr(kd.Guard, "update", lambda self, opt, *more: (rates.append(opt.param_groups[0]["lr"]), update(self, opt, *more)))
+    monkeypatch.setattr(kd.EMA, "update", lambda self, net, n, decay=None: (decays.append(decay), average(self, net, n, decay)))
+    inside(*words(teacher, tmp_path, "--warmup", 4, "--lr", 0.01, "--half-life", 100, "--cfg", 2.5, "--w", 2, 4, "--nfe", 7))
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075] + [0.01] * 5)
+    assert decays == pytest.approx([0.5 ** (8 / max(min(100, 0.05 * 8 * n), 1e-8)) for n in range(1, 9)])
+    made = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert (made["cfg"], made["nfe"], made["solver"], made["prediction"], made["classes"]) == (2.5, 7, "heun", "edm", 10)
+
+
+REFUSED = {  # command -> what the line says; none of them trains anything
+    "--w 2 4 --cfg 1": "learns guidance from 2 to 4", "--w 1 4 --alpha 0.5": "neither with --alpha", "--w 1 4 --drop 0.1": "nor with --drop", "--w 4 1": "in their order",
+    "--uncond x.pt": "say how far with --w", "--nfe 10": "odd", "--nfe 1": "--nfe 1", "--student DiT-Na/2": "EDM's teachers want a DDPM++", "--student DDPM++-8x1-uncond": "the same classes",
+    "--student DDPM++-48x1": "unknown", "--half-life 0": "must be positive", "--alpha 2": "between 0 and 1",
+}
+
+
+@pytest.mark.parametrize("more", REFUSED)
+def test_refusals(tmp_path, teacher, more):
+    with pytest.raises(UserError, match=REFUSED[more]):
+        inside("kd.py", "--ckpt", teacher, "--dry-run", "--out", tmp_path / "x", *more.split())
+    assert not (tmp_path / "x").exists()
+
+
+def test_refusals_of_other_teachers(tmp_path, teacher, ckpt):
+    dry = lambda *more: inside("kd.py", "--dry-run", "--out", tmp_path / "x", *more)
+    for more, says in ((["--ckpt", ckpt], "say which network the student is"), (["--ckpt", ckpt, "--student", "DDPM++-8x1"], "others a DiT"),
+                       (["--model", "LDM-ImageNet", "--student", "LDM-ImageNet", "--w", 1, 4], "without --w"), (["--model", "LDM-ImageNet", "--student", "SD-KD"], "those with prompts"),
+                       (["--model", "SD-v1.5"], "give --data LATENTS"), (["--model", "DDPM++-t", "--drop", 0.1], "no null label"), (["--model", "DDPM++-t", "--cfg", 2], "no null label")):
+        with pytest.raises(UserError, match=says):
+            dry(*more)
+    with pytest.raises(UserError, match="must be like the teacher, but without classes"):
+        inside(*words(teacher, tmp_path / "y", "--w", 1, 4, "--uncond", teacher))
+    inside(*words(teacher, tmp_path / "z", "--w", 1, 4, "--uncond", uncond_of(teacher, tmp_path), "--data", "synthetic:3", "--steps", 1))  # the base model's own samples
