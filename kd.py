@@ -91,17 +91,17 @@ def main(args):
 
     # The teacher is frozen; the student starts from random weights:
     base, base_info = train.base_model(args, "edm")
-    teacher = base_out = proc.mixed(proc.frozen(base, args.compile))
+    teacher = base_out = proc.mixed(proc.frozen(base, args))
     torch.manual_seed(args.seed)
     net = models.build(arch)
     ema = EMA(net.to(proc.device), 1.0)
-    student, opt = proc.student(net, args.compile), runtime.adamw(net, args.lr)
+    student, opt = proc.student(net, args), runtime.adamw(net, args.lr)
     info = {**base_info, "name": args.student, "arch": arch, "method": "kd", "nfe": args.nfe, "cfg": args.cfg}
     if args.uncond:
-        teacher = guided_by(base_out, proc.mixed(proc.frozen(load_uncond(args, base_info), args.compile)))
+        teacher = guided_by(base_out, proc.mixed(proc.frozen(load_uncond(args, base_info), args)))
 
     # Resume:
-    state, start = runtime.prepare(args, proc), 0
+    state, start = checkpoints.prepare(args, proc), 0
     if state:
         start = state["step"]
         net.load_state_dict(state["model"])
@@ -115,7 +115,7 @@ def main(args):
     dataset, _ = train.training_data(args, base_out, base_info, proc)
     info["null"], null = (dataset.null, dataset.null.to(proc.device)) if dataset.text else (None, info["classes"])
     B, student_out = args.batch_size, proc.mixed(student)
-    guard, stop, log = Guard(proc), Stop(proc), Log(args, proc, start, args.steps, "kd")
+    guard, stop, log = Guard(proc), Stop(proc, args), Log(args, proc, start, args.steps, "kd", cost(args, base_info, arch))
     stream = data.batches(dataset, proc, args.seed, B, start)
     for step in range(start, args.steps):
         (x0, y), rng = next(stream), StepRandom(proc, args.seed, step, B)
@@ -123,19 +123,19 @@ def main(args):
         t = train.training_times(schedule, rng)
         y = torch.where((rng.uniform() < args.drop).view(-1, *[1] * (y.ndim - 1)), null, y)
         w = args.w[0] + (args.w[1] - args.w[0]) * rng.uniform() if args.w else None
-        loss = kd_loss(student_out, teacher, schedule, x0, y, t, rng.normal(x0.shape[1:]), w, pred, args.alpha)
-        loss.backward()
+        loss_of = lambda *rows: kd_loss(student_out, teacher, schedule, *rows, pred, args.alpha)
+        loss = proc.backward(student, loss_of, args.accumulate, x0, y, t, rng.normal(x0.shape[1:]), w)
         for group in opt.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / max(args.warmup, 1))
         guard.update(opt, loss, step)
         ema.update(net, step, ema_decay((step + 1) * B, B, args.half_life))
 
-        done, ended = step + 1, stop.now()
+        save, ended = stop.after(done := step + 1)
         if log.step(done, loss):
             guard.check(args.out)
-        if done % args.save_every == 0 or done == args.steps or ended:
+        if save:
             guard.check(args.out)
-            runtime.save(args, proc, {"model": net.state_dict(), "ema": ema.state_dict(net), "opt": opt.state_dict(), "step": done, **info})
+            checkpoints.save(args, proc, {"model": net.state_dict(), "ema": ema.state_dict(net), "opt": opt.state_dict(), "step": done, **info})
         if ended and done < args.steps:
             runtime.stopped(args, proc, done)
     log.close(), stop.restore()
@@ -169,20 +169,26 @@ def load_uncond(args, info):
     return net
 
 
+def cost(args, info, arch):
+    """Floating-point operations of a step: the student's forward and backward, the teacher's forwards."""
+    student, teacher = models.count(arch)[1], models.count(info["arch"])[1]
+    return (3 * student + (teacher * (2 if args.w else 1) if args.alpha < 1 else 0)) * args.batch_size
+
+
 def plan(args, info, proc, arch):
     """What --dry-run prints."""
     (params, flops), (teacher_params, teacher_flops) = models.count(arch), models.count(info["arch"])
     guided, heun = args.cfg != 1 and info["classes"] > 0, info["solver"] == "heun"
-    cost = lambda flops, nfe, halves: f"{nfe * flops * halves / 1e9:.4g}"
+    total, each = args.steps * cost(args, info, arch), lambda flops, nfe, halves: f"{nfe * flops * halves / 1e9:.4g}"
     line = lambda nfe: (f"             {(nfe + 1) // 2:2} steps, {nfe:2} evaluations" if heun else f"             {nfe:2} evaluations") + \
-        f": student {cost(flops, nfe, 2 if guided and not args.w else 1)}, teacher {cost(teacher_flops, nfe, 2 if guided else 1)}"
-    step = 3 * flops + (teacher_flops * (2 if args.w else 1) if args.alpha < 1 else 0)
+        f": student {each(flops, nfe, 2 if guided and not args.w else 1)}, teacher {each(teacher_flops, nfe, 2 if guided else 1)}"
     return "\n".join([
         f"KD of {info['name']}, {teacher_params / 1e6:.1f}M parameters, {teacher_flops / 1e9:.4g} GFLOP a forward and sample, into {args.student}, {params / 1e6:.1f}M, {flops / 1e9:.4g} GFLOP",
         f"training     {args.steps:,} steps of {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), lr {args.lr:g} after {args.warmup:,} steps, half-life {args.half_life:,} images, "
         + (f"scales of guidance {args.w[0]:g} to {args.w[1]:g}, without classes {args.uncond or 'the teacher itself'}" if args.w else f"labels dropped {args.drop:g}")
         + f", alpha {args.alpha:g}" + (f", dropout {args.dropout:g}" if arch["net"] == "DDPM++" else "") + f", on {args.data}",
-        f"cost         {step * args.batch_size:.3g} FLOP a step, {args.steps * step * args.batch_size:.3g} FLOP in all",
+        f"cost         {total / args.steps:.3g} FLOP a step, {total:.3g} FLOP in all",
+        train.hours(total, args, proc),
         f"sampling     {args.nfe} evaluations, guidance {args.cfg:g}; GFLOP a sample at", *map(line, sorted({5, 9, 19, 35, args.nfe} if heun else {10, 20, 50, args.nfe}))])
 
 

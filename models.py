@@ -17,6 +17,7 @@ labels), guidance (whether it takes the scale w), blocks (in order of execution)
 """
 import re
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import torch
@@ -563,14 +564,14 @@ class DDPMpp(nn.Module):
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
 
-    def drop(self, h):
-        """Dropout of h (B, ...)."""
-        u = self.rng.uniform(h.shape[1:]) if self.rng else torch.rand(h.shape, device=h.device)
+    def drop(self, l, h):
+        """Dropout of h (B, ...) in block l: the same mask when the block is computed again for its gradient."""
+        u = self.rng.fork(l).uniform(h.shape[1:]) if self.rng else torch.rand(h.shape, device=h.device)
         return h * (u >= self.dropout) / (1 - self.dropout)
 
     def raw(self, x, c_noise, y, w=None, tap=None):
         """The network without its preconditioning: scaled x (B, C, H, W), noise labels c_noise (B,), the rest as forward -> F (B, C, H, W)."""
-        tap, drop = tap or (lambda l, h: h), self.drop if self.training and self.dropout else None
+        tap, drop = tap or (lambda l, h: h), lambda l: partial(self.drop, l) if self.training and self.dropout else None
         C = self.arch["model_channels"]
         embed = lambda v: sinusoid(v, C, endpoint=True).roll(C // 2, 1).to(x.dtype)  # sines first
         emb = embed(c_noise)                                            # (B, C)
@@ -583,7 +584,7 @@ class DDPMpp(nn.Module):
         h, skips, depth = x, [], len(self.model["enc"])
         for l, (block, takes_skip) in enumerate(zip(self.blocks, self.takes_skip)):
             h = torch.cat([h, skips.pop()], dim=1) if takes_skip else h
-            h = tap(l, block(h, emb, drop) if l else block(h))
+            h = tap(l, block(h, emb, drop(l)) if l else block(h))
             if l < depth:
                 skips.append(h)
         norm, conv = self.out

@@ -74,6 +74,8 @@ def check_positive(args, *names):
 class Processes:
     """Who this process is. One boolean decides everything: `world > 1`, set by torchrun's environment."""
 
+    part = (0, 1)  # which part of its rows it works on, of how many: see backward()
+
     def __init__(self, amp="auto"):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -138,12 +140,13 @@ class Processes:
             raise UserError(f"--accumulate {parts}: must divide a process's share of the batch")
         pieces, results = zip(*([None] * parts if r is None else r.chunk(parts) for r in rows)), []
         for i, piece in enumerate(pieces):
+            self.part = (i, parts)
             with net.no_sync() if self.world > 1 and i < parts - 1 else nullcontext():  # gradients are averaged once
                 result = loss_of(*piece)
                 loss, more = result if isinstance(result, tuple) else (result, None)
                 (loss / parts).backward()
             results.append((loss.detach() / parts, more))
-        losses, more = zip(*results)
+        self.part, (losses, more) = (0, 1), zip(*results)
         return sum(losses) if more[0] is None else (sum(losses), torch.cat(more))
 
     def check_batch(self, batch):
@@ -152,8 +155,8 @@ class Processes:
 
     def rows(self, whole):
         """This rank's rows of something that has one row per sample of the global batch."""
-        n = len(whole) // self.world
-        return whole[self.rank * n:(self.rank + 1) * n]
+        n, (i, parts) = len(whole) // self.world // self.part[1], self.part
+        return whole[(self.rank * parts + i) * n:][:n]
 
     def whole(self, rows, dim=0):
         """The inverse of rows(): every rank's share of a tensor, put together on all ranks."""
@@ -269,9 +272,13 @@ def generator(device, *key):
 class StepRandom:
     """Random numbers of one training step: drawn for the whole global batch, of which a rank keeps its rows."""
 
-    def __init__(self, proc, seed, step, batch):
-        self.proc, self.batch, self.g = proc, batch, generator(proc.device, seed, step)
+    def __init__(self, proc, seed, step, batch, *more):
+        self.proc, self.batch, self.key, self.g = proc, batch, (seed, step), generator(proc.device, seed, step, *more)
         self.where = dict(generator=self.g, device=proc.device)
+
+    def fork(self, n):
+        """Other numbers of the same step, a stream for every n."""
+        return StepRandom(self.proc, *self.key, self.batch, 1 + n)
 
     def normal(self, shape):
         return self.proc.rows(torch.randn(self.batch, *shape, **self.where))

@@ -34,14 +34,20 @@ def children(pid):
     return [int(p) for p in os.listdir("/proc") if p.isdigit() and os.path.exists(f"/proc/{p}/stat") and parent(p) == pid]
 
 
-def start_and_signal(command, out, step, sig, workers=False):
-    """Start the command, wait until step `step` is logged, send the signal (workers: to every worker of torchrun); returns the ended process."""
+def start(command, out, step):
+    """Start the command, wait until step `step` is logged; returns the process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     p = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log, deadline = out / "log.jsonl", time.time() + 120
     while not (log.exists() and len(log.read_text().splitlines()) >= step):
         assert time.time() < deadline and p.poll() is None, p.communicate()
         time.sleep(0.002)
+    return p
+
+
+def start_and_signal(command, out, step, sig, workers=False):
+    """Start the command, wait until step `step` is logged, send the signal (workers: to every worker of torchrun); returns the ended process."""
+    p = start(command, out, step)
     for pid in (children(p.pid) if workers else [p.pid]):
         os.kill(pid, sig)
     p.output = p.communicate(timeout=60)
