@@ -11,6 +11,7 @@ import os
 import pickle
 import platform
 import re
+import socket
 import struct
 import time
 import urllib.error
@@ -277,14 +278,19 @@ def load_model(path, name=None, image_size=None):
 # ---------------------------------------------------------------------------------------------------
 
 
+TIMEOUT = 60  # seconds without a byte
+
+
 def local_first(work):
     """work() on local rank 0, and when that has ended well on the others; returns its result on each. For downloads."""
-    first, result, error = os.environ.get("LOCAL_RANK", "0") == "0", None, None
+    first, result, error, patience = os.environ.get("LOCAL_RANK", "0") == "0", None, None, socket.getdefaulttimeout()
     if first:
         try:
+            socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none
             result = work()
         except Exception as e:
             error = e
+        socket.setdefaulttimeout(patience)
     if dist.is_initialized():
         errors = [None] * dist.get_world_size()
         dist.all_gather_object(errors, str(error) if error else None)
@@ -350,7 +356,7 @@ def _download(url, path, flag, tries):
 
 
 def _download_once(url, path):
-    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as response:
+    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as response:
         length = int(response.headers.get("Content-Length") or 0)
         version = hashlib.sha256(f"{length} {response.headers.get('ETag')} {response.headers.get('Last-Modified')}".encode()).hexdigest()[:8]
     part = path.with_name(f"{path.name}.{version}.{platform.node()}.part")  # another version, another machine: another name
@@ -360,11 +366,11 @@ def _download_once(url, path):
     have = part.stat().st_size if part.exists() else 0
     if not length or have < length:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             if have and getattr(response, "status", None) != 206:  # this server cannot continue
                 have = 0
             with open(part, "ab" if have else "wb") as f, tqdm(total=length or None, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
-                while block := response.read(1 << 20):
+                while block := response.read1(1 << 20):  # what has come, so that nothing is lost when no more does
                     f.write(block)
                     bar.update(len(block))
     if length and part.stat().st_size != length:

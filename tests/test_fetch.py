@@ -1,19 +1,27 @@
 """Downloads against a server on this machine: whole, truncated, wrong, absent, continued."""
+import gzip
+import hashlib
 import http.server
+import io
+import socket
 import threading
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import checkpoint, script, torchrun
 
 import checkpoints
+import data
+import features
 import models
 from checkpoints import fetch
 from runtime import UserError
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    body, cut, ranges = b"", None, True
+    body, cut, ranges, pace = b"", None, True, None  # pace "slow": little by little; "stalls": silent after the cut, with the connection open
 
     def do_GET(self):
         begin = int(self.headers.get("Range", "bytes=0-")[6:-1]) if self.ranges else 0
@@ -24,7 +32,14 @@ class Server(http.server.BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         end = min(len(self.body), Server.cut) if Server.cut else len(self.body)
-        self.wfile.write(self.body[begin:end])
+        if Server.pace == "slow":
+            for i in range(begin, end, 1000):
+                self.wfile.write(self.body[i:min(i + 1000, end)])
+                threading.Event().wait(0.02)
+        else:
+            self.wfile.write(self.body[begin:end])
+        if Server.pace == "stalls" and end < len(self.body):
+            self.wfile.flush(), threading.Event().wait(1.5)
 
     do_HEAD = do_GET
 
@@ -34,7 +49,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    Server.seen, Server.cut, Server.ranges = [], None, True
+    Server.seen, Server.cut, Server.ranges, Server.pace = [], None, True, None
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_address[1]}/x.pt"
@@ -70,6 +85,62 @@ def test_truncated_is_no_file_and_continues_in_the_next_run(server, tmp_path):
     Server.cut, Server.seen = None, []
     assert fetch(server, tmp_path, accept).read_bytes() == Server.body
     assert 6000 in Server.seen and names(tmp_path) == ["x.pt", "x.pt.sha256"]
+
+
+def test_a_slow_server_and_one_that_falls_silent(server, tmp_path, monkeypatch):
+    """Slow is no error; after TIMEOUT seconds without a byte the download is tried again from where it is."""
+    monkeypatch.setattr(checkpoints, "TIMEOUT", 0.3)
+    Server.body, Server.pace = bytes(range(256)) * 100, "slow"  # a byte every 20 ms, half a second in all
+    assert fetch(server, tmp_path / "slow", accept).read_bytes() == Server.body
+    Server.pace, Server.cut, Server.seen = "stalls", 6000, []
+    with pytest.raises(UserError, match="timed out.*6,000 bytes are kept"):
+        fetch(server, tmp_path / "silent", accept)
+    assert 6000 in Server.seen
+    Server.cut = None
+    assert fetch(server, tmp_path / "silent", accept).read_bytes() == Server.body
+
+
+def idx(x):
+    """An array in the format of MNIST's files, compressed."""
+    return gzip.compress(bytes([0, 0, 8, x.ndim]) + b"".join(n.to_bytes(4, "big") for n in x.shape) + x.tobytes())
+
+
+@pytest.mark.parametrize("server_is", ["wrong", "truncated", "silent", "absent"])
+def test_torchvisions_data_sets(server, tmp_path, monkeypatch, server_is):
+    """Their files from a bad server are one line and no data set; from a good one, afterwards, they are read."""
+    files = {f"{part}-{kind}": idx(np.random.RandomState(0).randint(0, 10, (20, 28, 28)[:ndim]).astype(np.uint8)) for part in ("train", "t10k")
+             for kind, ndim in (("images-idx3-ubyte.gz", 3), ("labels-idx1-ubyte.gz", 1))}
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", [(name, hashlib.md5(body).hexdigest()) for name, body in files.items()])
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [server.replace("x.pt", "")])
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(checkpoints, "TIMEOUT", 0.3)
+    good = lambda self: files[self.path.split("/")[-1]]
+    bad = {"wrong": lambda self: b"<html>not a data set</html>", "truncated": lambda self: good(self)[:50], "silent": good, "absent": good}[server_is]
+    monkeypatch.setattr(Server, "body", property(bad))
+    Server.cut, Server.pace = (50, "stalls") if server_is == "silent" else (None, None)
+    if server_is == "absent":
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(UserError, match="--data mnist: torchvision cannot fetch it"):
+        data.load("mnist")
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [server.replace("x.pt", "")])
+    monkeypatch.setattr(Server, "body", property(good))
+    Server.cut = Server.pace = None
+    assert data.load("mnist").x.shape == (20, 1, 28, 28) and socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize("server_is", ["wrong", "truncated"])
+def test_torchvisions_weights(server, tmp_path, monkeypatch, server_is):
+    buffer = io.BytesIO()
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), buffer)
+    whole = buffer.getvalue()
+    name = f"squeeze-{hashlib.sha256(whole).hexdigest()[:8]}.pth"
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict",
+                        lambda self, *a, **kw: torch.hub.load_state_dict_from_url(server.replace("x.pt", name), check_hash=True, progress=False))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    Server.body = b"<html>" if server_is == "wrong" else whole[:1000]
+    with pytest.raises(UserError, match="torchvision cannot fetch its weights"):
+        features.load_features("torchvision-squeezenet1_1")
+    assert names(tmp_path) == []
 
 
 def test_a_server_that_cannot_continue_begins_again(server, tmp_path):
@@ -127,7 +198,6 @@ def test_no_server_and_file_urls(tmp_path):
 
 
 def test_the_command_fetches_its_base_model(server, tmp_path, tiny):
-    import io
     buffer = io.BytesIO()
     torch.save(checkpoint(tiny), buffer)
     Server.body = buffer.getvalue()
