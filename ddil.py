@@ -318,8 +318,9 @@ def plan(args, info, stages, proc):
         n = s["end"] - s["begin"]
         nodes = f"{len(s['grid']) - 1} -> {len(s['nodes']) - 1} steps at t = {', '.join(map(str, s['nodes'][:4]))}, ..." if s["nodes"] else "guidance becomes an input"
         lines.append(f"{s['kind']:12} {nodes}; {n:,} steps of {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), lr {args.lr:g}, {n * UNITS[s['kind']] * args.batch_size * flops:.3g} FLOP")
-    total = sum((s["end"] - s["begin"]) * UNITS[s["kind"]] for s in stages) * args.batch_size * flops
-    return "\n".join([*lines, train.hours(total, args, proc)])
+    mean = sum((s["end"] - s["begin"]) * UNITS[s["kind"]] for s in stages) / args.steps * args.batch_size * flops
+    trained = {"pd": 1, "lcm": 2, "dmd2": 5}[args.objective]  # LCM's average; DMD2's critic has gradients and Adam of its own
+    return "\n".join([*lines, *train.resources(args, proc, info["arch"], info["arch"], mean, trained)])
 
 
 # ---- Arguments ----------------------------------------------------------------------------------------

@@ -227,14 +227,13 @@ def units(args, info):  # forwards of an update, a backward counting as two
 
 def plan(args, info, proc, updates):
     """What --dry-run prints."""
-    params, cost, depths = models.count(info["arch"])[0], train.cost(args, info, units(args, info)), ", ".join(f"{n}: {count}" for n, count in Counter(n for n, _ in updates).items())
+    cost, depths = train.cost(args, info, units(args, info)), ", ".join(f"{n}: {count}" for n, count in Counter(n for n, _ in updates).items())
     return "\n".join([
-        f"{args.variant.upper()} of {info['name']}, {params / 1e6:.1f}M parameters, predicting {info['prediction']}; no data",
+        f"{args.variant.upper()} of {info['name']}, {models.count(info['arch'])[0] / 1e6:.1f}M parameters, predicting {info['prediction']}; no data",
         f"updates      {args.steps:,} of batch {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), by depth {depths}",
         f"training     lr {args.lr:g} -> {args.lr / 10:g}, Adam betas {args.betas[0]:g} {args.betas[1]:g}, EMA {args.ema:g}, guidance {args.w[0]:g} to {args.w[1]:g}, target {args.target}",
-        f"cost         {units(args, info)} forward units an update: {cost:.3g} FLOP, {args.steps * cost:.3g} FLOP in all",
-        train.hours(args.steps * cost, args, proc),
-        f"checkpoint   {args.out}/last.pt, {params * 16 / 2 ** 30:.2g} GiB, every {args.save_every} steps"])
+        f"units        {units(args, info)} forwards an update, a backward counting as two",
+        *train.resources(args, proc, info["arch"], info["arch"], cost, 2, int(args.variant == "tsd"))])
 
 
 # ---- Arguments ----------------------------------------------------------------------------------------

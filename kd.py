@@ -179,7 +179,7 @@ def plan(args, info, proc, arch):
     """What --dry-run prints."""
     (params, flops), (teacher_params, teacher_flops) = models.count(arch), models.count(info["arch"])
     guided, heun = args.cfg != 1 and info["classes"] > 0, info["solver"] == "heun"
-    total, each = args.steps * cost(args, info, arch), lambda flops, nfe, halves: f"{nfe * flops * halves / 1e9:.4g}"
+    each = lambda flops, nfe, halves: f"{nfe * flops * halves / 1e9:.4g}"
     line = lambda nfe: (f"             {(nfe + 1) // 2:2} steps, {nfe:2} evaluations" if heun else f"             {nfe:2} evaluations") + \
         f": student {each(flops, nfe, 2 if guided and not args.w else 1)}, teacher {each(teacher_flops, nfe, 2 if guided else 1)}"
     return "\n".join([
@@ -187,8 +187,7 @@ def plan(args, info, proc, arch):
         f"training     {args.steps:,} steps of {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), lr {args.lr:g} after {args.warmup:,} steps, half-life {args.half_life:,} images, "
         + (f"scales of guidance {args.w[0]:g} to {args.w[1]:g}, without classes {args.uncond or 'the teacher itself'}" if args.w else f"labels dropped {args.drop:g}")
         + f", alpha {args.alpha:g}" + (f", dropout {args.dropout:g}" if arch["net"] == "DDPM++" else "") + f", on {args.data}",
-        f"cost         {total / args.steps:.3g} FLOP a step, {total:.3g} FLOP in all",
-        train.hours(total, args, proc),
+        *train.resources(args, proc, info["arch"], arch, cost(args, info, arch), 2, 2 if args.uncond else 1),
         f"sampling     {args.nfe} evaluations, guidance {args.cfg:g}; GFLOP a sample at", *map(line, sorted({5, 9, 19, 35, args.nfe} if heun else {10, 20, 50, args.nfe}))])
 
 

@@ -111,7 +111,8 @@ class Processes:
         if self.device.type == "cuda" and getattr(net, "arch", {}).get("net") in ("UNet", "DDPM++"):
             net.to(memory_format=torch.channels_last)
         if args and (args.compile or (args.compile is None and self.device.type == "cuda" and args.steps >= WORTH_COMPILING)):
-            compile_blocks(net)
+            torch._dynamo.config.cache_size_limit = 64  # blocks of a U-Net differ in shape and share a forward
+            [block.compile() for block in net.blocks]   # soon done; the keys of the state dict stay, and taps stay plain Python
         return net
 
     def student(self, net, args=None):
@@ -120,12 +121,11 @@ class Processes:
             for block in net.blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         self.place(net, args).train()
-        ids = [self.local_rank] if self.device.type == "cuda" else None
-        return net if self.world == 1 else DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+        ids = {"device_ids": [self.local_rank]} if self.device.type == "cuda" else {}
+        return net if self.world == 1 else DistributedDataParallel(net, gradient_as_bucket_view=True, **ids)
 
     def frozen(self, net, args=None):
-        """net on this device, never to train. Under bf16 its matmul weights are stored as what autocast casts
-        them to anyway: half the memory, no casts, the same bits."""
+        """net on this device, never to train. Under bf16 its matmul weights are stored as what autocast casts them to: half the memory, no casts, the same bits."""
         net.to(self.device).eval().requires_grad_(False)
         if self.bf16:
             for m in net.modules():
@@ -136,10 +136,10 @@ class Processes:
     def backward(self, net, loss_of, parts, *rows):
         """loss_of(*rows).backward(), in so many equal parts of the rows (tensors of one row a sample, or None), one after another: the same gradients,
         less memory. net: what student() returned. -> the mean loss; with it, where loss_of returns a pair, the second of all rows."""
-        if next(len(r) for r in rows if r is not None) % parts or parts < 1:
+        if parts < 1 or len(rows[0]) % parts:
             raise UserError(f"--accumulate {parts}: must divide a process's share of the batch")
-        pieces, results = zip(*([None] * parts if r is None else r.chunk(parts) for r in rows)), []
-        for i, piece in enumerate(pieces):
+        results = []
+        for i, piece in enumerate(zip(*([None] * parts if r is None else r.chunk(parts) for r in rows))):
             self.part = (i, parts)
             with net.no_sync() if self.world > 1 and i < parts - 1 else nullcontext():  # gradients are averaged once
                 result = loss_of(*piece)
@@ -203,12 +203,6 @@ class Processes:
             dist.all_gather_object(parts, rows)
             rows = [r for part in parts for r in part]
         return np.concatenate([a for _, a in sorted(rows, key=lambda r: r[0])])
-
-
-def compile_blocks(net):
-    """Compile block by block: short to compile, keys of the state dict unchanged, and taps stay plain Python."""
-    torch._dynamo.config.cache_size_limit = 64  # blocks of a U-Net differ in shape and share a forward
-    [block.compile() for block in net.blocks]
 
 
 def run(main, args):
@@ -286,8 +280,7 @@ class StepRandom:
     def uniform(self, shape=()):
         return self.proc.rows(torch.rand(self.batch, *shape, **self.where))
 
-    def integers(self, low, high):
-        """low <= n < high."""
+    def integers(self, low, high):  # low <= n < high
         return self.proc.rows(torch.randint(low, high, (self.batch,), **self.where))
 
 
@@ -382,13 +375,11 @@ class Stop:
         signal.signal(signal.SIGINT, self.before[signal.SIGINT])  # a second Ctrl-C ends the program at once
 
     def restore(self):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
+        [signal.signal(*pair) for pair in self.before.items()]
 
     def after(self, done):
         """After step `done` (counted from 1) -> (whether to save now, whether a signal has ended the run)."""
-        minutes = (time.perf_counter() - self.saved) / 60
-        ended, due = self.proc.any(self.asked, minutes >= self.args.save_minutes)
+        ended, due = self.proc.any(self.asked, time.perf_counter() - self.saved >= 60 * self.args.save_minutes)
         save = due or ended or done % self.args.save_every == 0 or done == self.args.steps
         if save:
             self.saved = time.perf_counter()
@@ -401,11 +392,12 @@ def stopped(args, proc, step):
         print(f"stopped by a signal after step {step}, saved; the same command continues", file=sys.stderr, flush=True)
     sys.exit(143)
 
+
 class Log:
     """Progress bar on stderr, one line per interval on stdout and in log.jsonl, from rank 0.
 
     Losses are summed on the device and read (a synchronisation) only when a line is due. flops: floating-point operations of a step on all
-    processes, whose rate is logged for one process, on a GPU also as a share of what a matrix product reaches there, with the peak of its memory.
+    processes; on GPUs their rate is logged for one process, as a share of what a matrix product reaches there, too, and the memory taken at most.
     """
 
     def __init__(self, args, proc, start, steps, name, flops=0):
@@ -429,13 +421,11 @@ class Log:
         seconds = time.perf_counter() - self.time
         rate = self.count * self.args.batch_size / seconds
         if self.proc.main:
-            record = {"step": step, "loss": mean, "samples_per_second": round(rate, 1)}
-            tflops, speed = self.flops * self.count / seconds / self.proc.world / 1e12, ""
-            if self.flops:
-                record["tflops"], speed = float(f"{tflops:.3g}"), f"  {tflops:.3g} TFLOP/s"
+            record, speed = {"step": step, "loss": mean, "samples_per_second": round(rate, 1)}, ""
             if self.peak:
-                record.update(share=round(tflops / self.peak, 3), memory_gib=round(torch.cuda.max_memory_allocated() / 2 ** 30, 2))
-                speed += f" ({tflops / self.peak:.0%})  {record['memory_gib']:.1f} GiB"
+                tflops, GiB = self.flops * self.count / seconds / self.proc.world / 1e12, torch.cuda.max_memory_allocated() / 2 ** 30
+                record.update(tflops=round(tflops, 1), share=round(tflops / self.peak, 3), memory_gib=round(GiB, 2))
+                speed = f"  {tflops:.0f} TFLOP/s, {tflops / self.peak:.0%} of a matrix product's  {GiB:.1f} GiB"
             with open(self.path, "a") as f:
                 f.write(json.dumps(record) + "\n")
             left = tqdm.format_interval((self.steps - step) * seconds / self.count)

@@ -103,9 +103,9 @@ def main(args, objective=diffusion_loss, method="train"):
         raise UserError(f"--model {info['name']}: EDM's networks have their own prediction, schedule and loss; leave --prediction and --schedule out")
     units = 3 if objective is diffusion_loss else 4  # forwards of a step, a backward counting as two
     if args.dry_run:
-        total = args.steps * cost(args, info, units)
-        return say(proc, f"{info['prediction']} training of {info['name']}, {models.count(info['arch'])[0] / 1e6:.1f}M parameters, on {args.data}: {args.steps:,} steps of batch "
-                         f"{args.batch_size}, lr {args.lr:g}, EMA {args.ema}; {units} forward units a step, {total:.3g} FLOP\n{hours(total, args, proc)}")
+        return say(proc, "\n".join([
+            f"{info['prediction']} training of {info['name']}, {models.count(info['arch'])[0] / 1e6:.1f}M parameters, on {args.data}: {args.steps:,} steps of batch "
+            f"{args.batch_size}, lr {args.lr:g}, EMA {args.ema}; {units} forwards a step, a backward counting as two", *resources(args, proc, info["arch"], info["arch"], cost(args, info, units), 2, 0)]))
     if args.ckpt:
         net, _ = checkpoints.load_model(args.ckpt, args.model, args.image_size)
     else:
@@ -165,13 +165,24 @@ def cost(args, info, units):
     return units * args.batch_size * models.count(info["arch"])[1]
 
 
-def hours(total, args, proc):
-    """A line of every plan: the expected hours of this many floating-point operations by kind of card."""
-    minutes = {card: total / proc.world / SHARE / tflops / 6e13 for card, tflops in CARDS.items()}
+def resources(args, proc, base, arch, step, trained=1, frozen=1, pool=0):
+    """Lines of every plan: operations, expected time by kind of card, memory of a process, disk. base, arch: the base model's and the student's; step: cost();
+    trained: copies of the student's weights, averages with it; frozen: networks of the base's size beside it; pool: operations that go before."""
+    GiB, rows, params, total = 2 ** 30, args.batch_size // proc.world // args.accumulate, models.count(arch)[0], args.steps * step
+    half = proc.bf16 or proc.device.type != "cuda" and max(params, models.count(base)[0]) > 1e7  # the plan of a large model speaks of a GPU, also when it is made without one
+    fixed = params * (12 + 4 * trained) + frozen * models.count(base)[0] * (2 if half else 4)
+    memory = f"about {fixed / GiB:.3g} GiB a process for weights, gradients, Adam, teacher; activations not counted"
+    if "patch_size" in arch:  # bytes a token, channel and block: 48 under bf16, 80 in float32, counted with saved_tensors_hooks; 4 for stored features, or for what blocks are computed from again
+        tokens, each = (arch["input_size"] // arch["patch_size"]) ** 2 * arch["hidden_size"] * rows, 48 if half else 80
+        moving = tokens * (each + 8 * arch["depth"] if args.grad_checkpointing else (each + 4) * arch["depth"])
+        memory = f"about {(fixed + moving) / GiB:.3g} GiB a process: weights, gradients, Adam, teacher {fixed / GiB:.3g}; activations, stored features {moving / GiB:.3g}"
+    minutes = {card: (total + pool) / proc.world / SHARE / tflops / 6e13 for card, tflops in CARDS.items()}
     times = ", ".join(f"{card} {m / 60:.1f} h" if m > 90 else f"{card} {m:.0f} min" for card, m in minutes.items())
     compiled = args.compile if args.compile is not None else args.steps >= runtime.WORTH_COMPILING
-    return (f"time         on {proc.world} x {times}, at {SHARE:.0%} of the peak; networks {'' if compiled else 'not '}compiled on a GPU; "
-            f"a checkpoint every {args.save_minutes:g} minutes at the latest")
+    return [f"cost         {step:.3g} FLOP a step, {total:.3g} FLOP in all",
+            f"time         on {proc.world} x {times}, at {SHARE:.0%} of the peak; networks {'' if compiled else 'not '}compiled on a GPU",
+            f"memory       {memory}",
+            f"checkpoint   {args.out}/last.pt, {params * (8 + 4 * trained) / GiB:.2g} GiB, every {args.save_every} steps and {args.save_minutes:g} minutes"]
 
 
 def learning_rate(step, args):
@@ -340,30 +351,18 @@ def self_entries(args, proc, before, after, info, source):
 def self_plan(name, args, info, proc, grid, units, what, copies=1):
     """What --dry-run prints: the run in numbers, from the presets and the shape of the network. units: forwards of an iteration, a backward
     counting as two; copies: of the weights in a checkpoint."""
-    arch, GiB = info["arch"], 2 ** 30
-    params, flops = models.count(arch)
-    rows = args.batch_size // proc.world
-    half = proc.bf16 or info["scale"] is not None  # the plan of a latent model speaks of a GPU, also when it is made without one
-    fixed = params * (12 + 4 * copies + (2 if half else 4))
+    arch, (params, flops), pool = info["arch"], models.count(info["arch"]), 0
     lines = [f"{name} of {info['name']}, {params / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOP a forward and sample",
              f"sampling     {args.nfe} steps at t = {', '.join(f'{t:.4g}' for t in grid[:3])}, ..., {grid[-2]:.4g}; guidance {args.cfg:g}",
-             f"training     {what}, lr {args.lr:g}, batch {args.batch_size} ({proc.world} x {rows}), {args.steps:,} steps" + (f", node {args.only_step} only" if args.only_step else ""),
+             f"training     {what}, lr {args.lr:g}, batch {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), {args.steps:,} steps" + (f", node {args.only_step} only" if args.only_step else ""),
              f"data         {args.data}"]
-    pool = 0
     if args.data.startswith("synthetic:"):
         steps = int(args.data[10:]) * (1 if args.cfg == 1 else 2)
         pool = args.pool * steps * flops
         lines[-1] += (f": {args.pool:,} samples of the base model, made first, {steps} forwards each, {pool:.3g} FLOP, "
-                      f"{args.pool * 2 * arch['in_channels'] * arch['input_size'] ** 2 / GiB:.2g} GiB on disk")
-    memory = f"memory       about {fixed / GiB:.3g} GiB a process for weights, gradients, Adam, teacher"
-    if "patch_size" in arch:  # bytes a token, channel and block: 48 under bf16, 80 in float32, counted with saved_tensors_hooks; 4 for stored features
-        tokens = (arch["input_size"] // arch["patch_size"]) ** 2 * arch["hidden_size"] * arch["depth"] * rows
-        moving = tokens * ((48 if half else 80) + 4)
-        memory = f"memory       about {(fixed + moving) / GiB:.3g} GiB a process: weights, gradients, Adam, teacher {fixed / GiB:.3g}; activations, stored features {moving / GiB:.3g}"
-    lines += [f"cost         {units} forward units a step: {units * args.batch_size * flops:.3g} FLOP a step, {args.steps * units * args.batch_size * flops:.3g} FLOP in all",
-              hours(args.steps * units * args.batch_size * flops + pool, args, proc),
-              memory,
-              f"checkpoint   {args.out}/last.pt, {params * (8 + 4 * copies) / GiB:.2g} GiB, every {args.save_every} steps",
+                      f"{args.pool * 2 * arch['in_channels'] * arch['input_size'] ** 2 / 2 ** 30:.2g} GiB on disk")
+    lines += [f"units        {units} forwards a step, a backward counting as two",
+              *resources(args, proc, arch, arch, cost(args, info, units), copies, 1, pool),
               f"quality      {f'{args.eval_samples:,} samples a row, before, after and two controls' if args.eval_samples else 'not measured'}"]
     return "\n".join(lines)
 
