@@ -247,7 +247,6 @@ def main(args):
             i, *cond = (torch.where(take, buffer[k][j], v) for k, v in zip(("i", "c0", "c1"), (i, *cond)))
         t = starts[i]
 
-        parts = args.accumulate
         if kind == "w":
             loss_of = lambda z, t, i, *cond: guidance_loss(student_out, teacher_out, z, t, *cond)
         elif kind == "pd":
@@ -260,7 +259,7 @@ def main(args):
             y, level = cond[0], lambda: (rng.integers(round(0.02 * schedule.T), round(0.98 * schedule.T)), rng.normal(shape))
             with torch.no_grad():
                 fake = consistency(proc.mixed(net), schedule, z, t, (y,), pred)
-            loss = proc.backward(critic_ddp, lambda *rows: critic_loss(proc.mixed(critic_ddp), schedule, *rows, pred), parts, fake, y, x0, y0, *level())
+            loss = proc.backward(critic_ddp, lambda *rows: critic_loss(proc.mixed(critic_ddp), schedule, *rows, pred), args.accumulate, fake, y, x0, y0, *level())
             guard.update(critic_opt, loss, step, clip)
             if step % CRITIC_UPDATES == 0:
                 def loss_of(z, t, u, noise, *cond):
@@ -268,9 +267,9 @@ def main(args):
                     leaf = x.detach().requires_grad_()
                     pull = dmd_loss(leaf, proc.mixed(critic), teacher_out, schedule, u, *cond, noise, pred, project)
                     return (x * torch.autograd.grad(pull, leaf)[0]).sum()  # past the critic's own parameters
-                guard.update(opt, proc.backward(student, loss_of, parts, z, t, *level(), *cond), step, clip)
+                guard.update(opt, proc.backward(student, loss_of, args.accumulate, z, t, *level(), *cond), step, clip)
         if kind != "dmd2":
-            loss = proc.backward(student, loss_of, parts, z, t, i, *cond)
+            loss = proc.backward(student, loss_of, args.accumulate, z, t, i, *cond)
             guard.update(opt, loss, step, clip)
         if target is not None:
             torch._foreach_lerp_(list(target.parameters()), [v.detach() for v in net.parameters()], 1 - TARGET_EMA)

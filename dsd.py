@@ -232,7 +232,7 @@ def plan(args, info, proc, updates):
         f"{args.variant.upper()} of {info['name']}, {models.count(info['arch'])[0] / 1e6:.1f}M parameters, predicting {info['prediction']}; no data",
         f"updates      {args.steps:,} of batch {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), by depth {depths}",
         f"training     lr {args.lr:g} -> {args.lr / 10:g}, Adam betas {args.betas[0]:g} {args.betas[1]:g}, EMA {args.ema:g}, guidance {args.w[0]:g} to {args.w[1]:g}, target {args.target}",
-        f"units        {units(args, info)} forwards an update, a backward counting as two",
+        f"units        {units(args, info)} forward units an update, a backward counts as two",
         *train.resources(args, proc, info["arch"], info["arch"], cost, 2, int(args.variant == "tsd"))])
 
 

@@ -105,7 +105,7 @@ def main(args, objective=diffusion_loss, method="train"):
     if args.dry_run:
         return say(proc, "\n".join([
             f"{info['prediction']} training of {info['name']}, {models.count(info['arch'])[0] / 1e6:.1f}M parameters, on {args.data}: {args.steps:,} steps of batch "
-            f"{args.batch_size}, lr {args.lr:g}, EMA {args.ema}; {units} forwards a step, a backward counting as two", *resources(args, proc, info["arch"], info["arch"], cost(args, info, units), 2, 0)]))
+            f"{args.batch_size}, lr {args.lr:g}, EMA {args.ema}; {units} forward units a step, a backward counts as two", *resources(args, proc, info["arch"], info["arch"], cost(args, info, units), 2, 0)]))
     if args.ckpt:
         net, _ = checkpoints.load_model(args.ckpt, args.model, args.image_size)
     else:
@@ -361,7 +361,7 @@ def self_plan(name, args, info, proc, grid, units, what, copies=1):
         pool = args.pool * steps * flops
         lines[-1] += (f": {args.pool:,} samples of the base model, made first, {steps} forwards each, {pool:.3g} FLOP, "
                       f"{args.pool * 2 * arch['in_channels'] * arch['input_size'] ** 2 / 2 ** 30:.2g} GiB on disk")
-    lines += [f"units        {units} forwards a step, a backward counting as two",
+    lines += [f"units        {units} forward units a step, a backward counts as two",
               *resources(args, proc, arch, arch, cost(args, info, units), copies, 1, pool),
               f"quality      {f'{args.eval_samples:,} samples a row, before, after and two controls' if args.eval_samples else 'not measured'}"]
     return "\n".join(lines)

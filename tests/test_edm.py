@@ -159,7 +159,7 @@ def test_dropout_can_be_set_and_is_the_same_for_any_number_of_processes():
     torch.testing.assert_close(net(x[2:], t[2:], y[2:]), whole[2:])
     h = torch.ones(4, 100, 10, 10)
     net.rng = None
-    assert abs(float(net.drop(h).mean()) - 1) < 0.02 and set(net.drop(h).unique().tolist()) == {0.0, 2.0}
+    assert abs(float(net.drop(1, h).mean()) - 1) < 0.02 and set(net.drop(1, h).unique().tolist()) == {0.0, 2.0}
 
 
 def test_half_precision_and_copies():
