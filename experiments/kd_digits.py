@@ -13,9 +13,9 @@ import argparse
 from common import NETWORKS, draw, path, run, teacher, values
 
 TUNE, HELD_OUT, SEEDS = [0, 1], [10, 11, 12], [0, 1, 2]
-RATES, POINTS, LAST = [1e-3, 3e-3, 1e-2], [150, 300, 600, 1200], 1200
+RATES, POINTS, LAST = [1e-3, 3e-3, 1e-2, 3e-2], [100, 200, 400, 800], 800
 EVALUATIONS, SIZES = [5, 9, 19, 35], ["4x1", "8x1", "12x1"]
-ARMS = {"KD": "", "score matching": "--alpha 1", "score matching, no dropout": "--alpha 1 --dropout 0", "both (alpha 0.5)": "--alpha 0.5"}
+ARMS = {"KD": "", "score matching": "--alpha 1", "score matching, no dropout": "--alpha 1 --dropout 0"}
 
 
 def base(T):
