@@ -208,7 +208,7 @@ def parser():
     p.add_argument("--model", help="the teacher: DDPM++-t-uncond, DDPM++-t, DiT-XL/2, ...; released weights are fetched where there are any")
     p.add_argument("--image-size", type=int, help="of the released weights (default: what they were made for)")
     p.add_argument("--ckpt", help="the teacher: a checkpoint's path or URL, ours or upstream's; default: a DDPM++ of the digits, made here")
-    p.add_argument("--student", help="DDPM++-{32,64,96,128}, DiT-S/2, ... (default DDPM++-96, digits DDPM++-Na)")
+    p.add_argument("--student", help="DDPM++-{12,20,32,64,96,128}, DiT-S/2, ... (default DDPM++-96, digits DDPM++-Na)")
     p.add_argument("--data", help="digits, mnist, cifar10, ..., a folder of images or cached latents, or synthetic:STEPS")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
     p.add_argument("--w", type=float, nargs=2, metavar="SCALE", help="guided distillation: range of the scales that the student takes as an input; 1 4 is the paper's 0 to 3")
