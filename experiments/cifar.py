@@ -68,7 +68,7 @@ def ladder(few):
             Job("issd", f"issd {base} --nfe 10 --lam 0.1 --lr 5e-5", few(300), rows("last.pt", 10)),
             Job("ssd", f"ssd {base} --nfe 10 --lam 0.1 --lr 1e-4", few(300), rows("last.pt", 10)),
             Job("pd", f"ddil {base} --stages {halvings} --dagger 0 0 --grid dit --lr 1e-4", None, rows("nfe10.pt", 10) + rows("nfe5.pt", 5)),
-            Job("dsd", f"dsd {base} --variant dsdgl --depth 16 --w 1 1 --ema 0.9 --lr 1e-5", few(512), rows("last.pt", 5, 10))]
+            Job("dsd", f"dsd {base} --variant dsdgl --depth 16 --w 1 1 --ema 0.9 --lr 1e-5", max(few(512), 64), rows("last.pt", 5, 10))]  # 64: a trajectory of every depth
 
 
 # ---- Data ---------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ class Stage:
         self.end, self.args, self.proc = time.monotonic() + 60 * args.minutes, args, Processes()
         self.folder, cache = Path(args.out) / args.what, Path(args.out) / "cache"
         self.folder.mkdir(parents=True, exist_ok=True), cache.mkdir(exist_ok=True)
-        self.jobs = {"kd": kd, "ladder": ladder}[args.what]((lambda n: -(-n // 400)) if args.tiny else (lambda n: n))
+        self.jobs = {"kd": kd, "ladder": ladder}[args.what]((lambda n: -(-n // 100)) if args.tiny else (lambda n: n))
         self.lines = self.folder / "results.jsonl"
         self.known = {json.dumps(key): value for key, value in map(json.loads, self.lines.read_text().splitlines())} if self.lines.exists() else {}
         self.data = cache / f"{Path(args.data).stem}{'-tiny' * args.tiny}.npz"
@@ -243,7 +243,7 @@ def parser():
     p.add_argument("--out", help="default runs/cifar, or with --tiny runs/cifar-tiny")
     p.add_argument("--minutes", type=float, default=8, help="after which a stage ends")
     p.add_argument("--samples", type=int, help="per row (default 5000, or with --tiny 16)")
-    p.add_argument("--tiny", action="store_true", help="64 images, a 400th of the steps and of the batches")
+    p.add_argument("--tiny", action="store_true", help="64 images, a hundredth of the steps and of the batches")
     return p
 
 
