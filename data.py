@@ -177,7 +177,7 @@ def digits():
 
 
 def load(name, image_size=256, classes=None):
-    """--data NAME: digits, mnist, fashion-mnist, cifar10, a folder of images, or a folder of cached latents.
+    """--data NAME: digits, mnist, fashion-mnist, cifar10, a folder of images, an .npz of them as sample.py writes it, or a folder of cached latents.
 
     classes: more classes than the data shows; data without labels has none. Raises UserError.
     """
@@ -196,8 +196,17 @@ def load(name, image_size=256, classes=None):
         data = Latents(name)
     elif Path(name).is_dir():
         data = ImageFolder(name, image_size)
+    elif Path(name).suffix == ".npz":
+        try:
+            with np.load(name) as f:
+                x, y = f["arr_0"], f["arr_1"] if "arr_1" in f else np.zeros(0, int)
+            if x.dtype != np.uint8 or x.ndim != 4 or not len(x) or len(y) not in (0, len(x)) or y.dtype.kind not in "iu":
+                raise ValueError(f"arr_0 is {x.dtype} {x.shape}, arr_1 {y.dtype} {y.shape}; want uint8 (N, H, W, C) and integers (N,)")
+        except Exception as e:  # a damaged file fails in as many ways as there are members
+            raise UserError(f"--data {name}: cannot be read ({str(e)[:160]}); make it again")
+        data = Pixels(x.transpose(0, 3, 1, 2), y if len(y) else np.zeros(len(x)), int(y.max(initial=-1)) + 1, flip=True, name=name)
     else:
-        raise UserError(f"--data {name}: neither a known set (digits, mnist, fashion-mnist, cifar10) nor a folder")
+        raise UserError(f"--data {name}: neither a known set (digits, mnist, fashion-mnist, cifar10) nor a folder nor an .npz")
     labels = labels_of(data)
     if data.classes:
         data.classes = classes or data.classes

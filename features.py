@@ -6,6 +6,7 @@ what it is: network and resizing for FID's Inception, as numbers from different 
     inception-2015-12-05/adm            FID's Inception-v3 behind TensorFlow 1's bilinear resizing, as the ADM evaluator has it
     inception-2015-12-05/pytorch-fid    the same behind that tool's resizing
     torchvision-resnet50, ...           any classifier of torchvision
+    keras-resnet50-HASH                 a file with the weights of Keras Applications' ResNet-50
     digits-cnn, digits-mlp              small classifiers of the embedded digits (made by experiments/digits_nets.py)
 """
 import os
@@ -174,8 +175,44 @@ class TorchvisionNet(nn.Module):
         return self.features, None
 
 
+class KerasResNet50(nn.Module):
+    """The ImageNet ResNet-50 of Keras Applications, images bilinearly at 224x224; features: the 2,048 of its last pooling.
+
+    Torchvision's network, but a block's stride is that of its first convolution, normalisation has eps 1e-3, and the input is BGR less its mean;
+    the convolutions' biases are taken off the running means behind them. weights: stem.conv.weight, layer2.0.a.bn.bias, layer2.0.proj.conv.bias, ...
+    """
+
+    dim, spatial = 2048, None
+
+    def __init__(self, weights, name):
+        super().__init__()
+        from torchvision.models import resnet50
+        self.name, self.net = name, resnet50()
+        self.net.fc = nn.Identity()
+        held = {}
+        for key, value in weights.items():
+            key = re.sub(r"^layer(\d)", lambda m: f"layer{int(m[1]) - 1}", key).replace("stem.", "a.").replace("proj.conv", "downsample.0").replace("proj.bn", "downsample.1")
+            key = re.sub(r"\b([abc])\.(conv|bn)\b", lambda m: f"{m[2]}{' abc'.index(m[1])}", key)
+            if not key.startswith(("fc.", "mean")):
+                held[key] = value.float()
+        for key in [k for k in held if re.search(r"(conv\d|downsample\.0)\.bias$", k)]:
+            behind = key.replace("conv", "bn").replace("downsample.0", "downsample.1").replace("bias", "running_mean")
+            held[behind] = held[behind] - held.pop(key)
+        self.net = checkpoints.load_weights(self.net, held, name, hint="it is not Keras's ResNet-50").eval()
+        for m in self.net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eps = 1e-3
+            elif hasattr(m, "conv3"):
+                m.conv1.stride, m.conv2.stride = m.conv2.stride, m.conv1.stride
+        self.register_buffer("mean", torch.tensor([103.939, 116.779, 123.68]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        x = F.interpolate(images.expand(-1, 3, -1, -1).float(), (224, 224), mode="bilinear", antialias=True)
+        return self.net(x.flip(1) - self.mean), None
+
+
 def load_features(name="inception", resize="adm", device="cpu"):
-    """The feature network of --features: inception (fetched once), a file with its weights, torchvision-NAME, digits-cnn or digits-mlp.
+    """The feature network of --features: inception (fetched once), a file with its weights or Keras's ResNet-50, torchvision-NAME, digits-cnn or digits-mlp.
 
     It maps uint8 images (n, C, H, W) to features (n, dim) and spatial features (n, spatial) or None; its `name` says what it is.
     """
@@ -196,7 +233,10 @@ def load_features(name="inception", resize="adm", device="cpu"):
         if told and not digest.startswith(told[1]):
             raise UserError(f"{path}: its sha256 begins with {digest[:8]}, not as its name says; it is damaged: fetch it again")
         known = digest.startswith(published)
-        net = Inception(held, "inception-2015-12-05" if known else f"inception-{digest[:8]}", resize).fold()
+        if "stem.conv.weight" in held:
+            net = KerasResNet50(held, f"keras-resnet50-{digest[:8]}")
+        else:
+            net = Inception(held, "inception-2015-12-05" if known else f"inception-{digest[:8]}", resize).fold()
     else:
         raise UserError(f"--features {name}: unknown; choose inception, a .pth file with its weights, torchvision-NAME, digits-cnn or digits-mlp")
     return net.to(device).eval().requires_grad_(False)

@@ -15,6 +15,7 @@ network and the resizing make up the name that is printed with every result and 
     inception-2015-12-05/adm            the default: TensorFlow 1's bilinear resizing, as the ADM evaluator; fetched once (95 MB)
     inception-2015-12-05/pytorch-fid    --resize pytorch-fid: that tool's bilinear resizing
     torchvision-resnet50, ...           --features torchvision-NAME: any classifier of torchvision
+    keras-resnet50-HASH                 --features FILE: the weights of Keras Applications' ResNet-50
     digits-cnn, digits-mlp              --features digits-cnn: small classifiers of the embedded digits
 
 The Inception Score is taken over chunks of 5,000 samples in their order, as published: samples should
@@ -390,7 +391,7 @@ def parser():
     p = runtime.Parser(prog="fid.py", description=__doc__, formatter_class=runtime.Raw)
     p.add_argument("samples", help="A, or the word ref to make a reference of B")
     p.add_argument("reference", help="B")
-    p.add_argument("--features", default="inception", help="inception, a file with its weights, torchvision-NAME, digits-cnn, digits-mlp")
+    p.add_argument("--features", default="inception", help="inception, a file with its weights or Keras's ResNet-50's, torchvision-NAME, digits-cnn, digits-mlp")
     p.add_argument("--resize", choices=list(RESIZE), default="adm", help="how images reach the 299x299 of Inception")
     p.add_argument("--unnamed", choices=list(RESIZE), help="how statistics were made that do not say it themselves")
     p.add_argument("--image-size", type=int, help="crop and scale the images of folders to this size, as ADM does")

@@ -197,7 +197,7 @@ def plan(args, info, proc, arch):
 PAPER = dict(student="DDPM++-96", steps=100_000, batch_size=512, lr=1e-3, half_life=500_000, nfe=19, eval_samples=0, log_every=100, save_every=1000)
 SD = dict(PAPER, student="SD-KD", lr=3e-4, warmup=0, half_life=6931 * 512, nfe=50)  # A.2; Stable Diffusion's average of 0.9999 a step
 OTHER = dict(PAPER, student=None, lr=1e-4, warmup=0, nfe=50)  # networks that the paper has not: the learning rate of upstream DiT
-DIGITS = dict(data="digits", steps=600, batch_size=96, lr=3e-3, warmup=50, half_life=10_000, eval_samples=2000, log_every=50, save_every=200)
+DIGITS = dict(data="digits", steps=600, batch_size=96, lr=1e-2, warmup=50, half_life=10_000, eval_samples=2000, log_every=50, save_every=200)  # lr: experiments/kd_digits.py
 
 
 def fill_defaults(args, info):

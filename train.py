@@ -306,7 +306,7 @@ IMAGENET = 1_281_167
 def size_of(info):
     """('XL', 512): size and resolution in the paper's tables; what they do not know counts as ('XL', 256), our smaller ones as ('S', 256)."""
     match = re.match(r"[DS]iT-(\w+)/", info["name"])
-    size = {"Ti": "S", "Na": "S"}.get(match[1], match[1]) if match else "XL"
+    size = {"XS": "S", "Ti": "S", "Na": "S"}.get(match[1], match[1]) if match else "XL"
     side = info["arch"]["input_size"] * (8 if info["scale"] else 1)
     return (size, side) if (size, side) in PAPER_SELF else (size, 256)
 
@@ -412,7 +412,7 @@ def fill_defaults(args):
 
 def parser():
     p = runtime.Parser(prog="train.py", description=__doc__, formatter_class=runtime.Raw)
-    p.add_argument("--model", help="DiT- or SiT-{Na,Ti,S,B,L,XL}/{1,2,4,8}, LDM-..., DDPM++-{32,64,96,128,t,16x1,...}; default DiT-Ti/2")
+    p.add_argument("--model", help="DiT- or SiT-{Na,Ti,XS,S,B,L,XL}/{1,2,4,8}, LDM-..., DDPM++-{32,64,96,128,t,16x1,...}; default DiT-Ti/2")
     p.add_argument("--ckpt", help="start from these weights instead of random ones")
     p.add_argument("--data", default="digits", help="digits, mnist, fashion-mnist, cifar10, a folder of images or of cached latents")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
@@ -426,6 +426,7 @@ def parser():
     p.add_argument("--decay", choices=["constant", "cosine"], help="of the learning rate after the warm-up")
     p.add_argument("--ema", type=float, help="decay of the averaged weights; 0 keeps none")
     p.add_argument("--clip", type=float, help="gradient norm; 0 does not clip")
+    p.add_argument("--label-std", type=float, help="of a DiT's class embeddings at first (upstream and default 0.02; digits 1, which short runs hear)")
     runtime.common_arguments(p, "runs/train")
     return p
 

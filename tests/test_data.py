@@ -158,3 +158,21 @@ def test_torchvision_sets_are_read_by_their_own_loaders(tmp_path, monkeypatch, n
 def test_unknown_sets(tmp_path):
     with pytest.raises(UserError):
         data.load(str(tmp_path / "nothing"))
+
+
+def test_an_npz_of_images(tmp_path):
+    x, y = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8), np.array([0, 1, 2, 0, 1, 2])
+    np.savez(tmp_path / "own.npz", x, y)  # as sample.py writes it
+    own = data.load(str(tmp_path / "own.npz"))
+    assert own.shape == (3, 8, 8) and own.classes == 3 and own.flip and torch.equal(own.x, torch.from_numpy(x).permute(0, 3, 1, 2)) and own.y.tolist() == y.tolist()
+    assert data.load(str(tmp_path / "own.npz"), classes=5).classes == 5
+    np.savez(tmp_path / "plain.npz", x)
+    assert data.load(str(tmp_path / "plain.npz")).classes == 0
+    for wrong in ([x / 255, y], [x, y[:5]], [x, y / 2], [x[0], y], [x[:0], y[:0]]):
+        np.savez(tmp_path / "wrong.npz", *wrong)
+        with pytest.raises(UserError, match="cannot be read"):
+            data.load(str(tmp_path / "wrong.npz"))
+    (tmp_path / "damaged.npz").write_bytes((tmp_path / "own.npz").read_bytes()[:200])
+    for name in ("damaged.npz", "nowhere.npz"):
+        with pytest.raises(UserError, match="cannot be read"):
+            data.load(str(tmp_path / name))

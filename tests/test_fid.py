@@ -202,6 +202,50 @@ def test_inception_is_fetched_once_and_checked(weights, server, tmp_path, monkey
         features.load_features()
 
 
+def keras_resnet50():
+    """Random weights under the names that features.KerasResNet50 reads."""
+    g = torch.Generator().manual_seed(0)
+    out, width = {}, 64
+
+    def layer(name, channels, before, side):
+        out[f"{name}.conv.weight"] = torch.randn(channels, before, side, side, generator=g) * (2 / (before * side ** 2)) ** 0.5
+        out[f"{name}.conv.bias"] = torch.randn(channels, generator=g)
+        for what, low in (("weight", 0.5), ("bias", 0), ("running_mean", 0), ("running_var", 0.5)):
+            out[f"{name}.bn.{what}"] = low + 0.5 * torch.rand(channels, generator=g)
+        out[f"{name}.bn.num_batches_tracked"] = torch.tensor(0)
+    layer("stem", 64, 3, 7)
+    for stage, (blocks, inner) in enumerate([(3, 64), (4, 128), (6, 256), (3, 512)], 2):
+        for block in range(blocks):
+            for part, shape in {"a": (inner, width, 1), "b": (inner, inner, 3), "c": (4 * inner, inner, 1), **({} if block else {"proj": (4 * inner, width, 1)})}.items():
+                layer(f"layer{stage}.{block}.{part}", *shape)
+            width = 4 * inner
+    return out
+
+
+def test_keras_resnet50(tmp_path):
+    """Against the network written out, with biases: strides, poolings and the input are what sets it apart from torchvision's."""
+    w, F = keras_resnet50(), torch.nn.functional
+    torch.save({**w, "fc.weight": torch.zeros(10, 2048)}, tmp_path / "resnet.pth")
+    ours, images = features.load_features(str(tmp_path / "resnet.pth")), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+
+    def layer(x, name, stride=1, padding=0):
+        x = F.conv2d(x, w[f"{name}.conv.weight"], w[f"{name}.conv.bias"], stride, padding)
+        return F.batch_norm(x, *(w[f"{name}.bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias")), eps=1e-3)
+
+    x = F.interpolate(images.float(), (224, 224), mode="bilinear")[:, [2, 1, 0]] - torch.tensor([103.939, 116.779, 123.68]).view(3, 1, 1)
+    x = F.max_pool2d(F.pad(layer(x, "stem", 2, 3).relu(), (1, 1, 1, 1)), 3, 2)
+    for stage, blocks in ((2, 3), (3, 4), (4, 6), (5, 3)):
+        for b in range(blocks):
+            name, stride = f"layer{stage}.{b}", 2 if stage > 2 and b == 0 else 1
+            inner = layer(layer(layer(x, f"{name}.a", stride).relu(), f"{name}.b", 1, 1).relu(), f"{name}.c")
+            x = (inner + (layer(x, f"{name}.proj", stride) if b == 0 else x)).relu()
+    assert re.fullmatch("keras-resnet50-[0-9a-f]{8}", ours.name) and torch.allclose(ours(images)[0], x.mean((2, 3)), rtol=1e-4, atol=1e-3 * float(x.std()))
+    del w["layer3.1.b.bn.bias"]
+    torch.save(w, tmp_path / "less.pth")
+    with pytest.raises(UserError, match="missing 1: layer2.1.bn2.bias.*not Keras's ResNet-50"):
+        features.load_features(str(tmp_path / "less.pth"))
+
+
 def test_torchvision_network(tmp_path, monkeypatch):
     """Its own name, its own preprocessing; the features are the input of its last layer."""
     import torchvision
