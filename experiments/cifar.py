@@ -169,7 +169,7 @@ class Stage:
             state = checkpoints.read_file(self.folder / job.after / "last.pt")
             pool = min(train.POOL, job.steps * state["args"]["batch_size"])
             out.mkdir(exist_ok=True)
-            runtime.save(argparse.Namespace(**{**state["args"], "steps": job.steps, "pool": pool, "out": str(out)}), self.proc, state)
+            checkpoints.save(argparse.Namespace(**{**state["args"], "steps": job.steps, "pool": pool, "out": str(out)}), self.proc, state)
         script, *words = command.split()
         print(f"{job.name}: python {script}.py {' '.join(words)} --out {out}", flush=True)
         before = {s: signal.signal(s, end) for s in (signal.SIGTERM, signal.SIGINT)}  # for the time in which the script does not listen itself
