@@ -267,8 +267,8 @@ def batches(data, proc, seed, batch, start):
             yield proc.rows(rows), proc.rows(flips)
 
     if data.workers == 0:
-        for step, (rows, flips) in zip(itertools.count(start), plan()):
-            yield data.rows(torch.tensor(rows, device=proc.device), flips.to(proc.device), StepRandom(proc, seed, step, batch))
+        for step, chosen in zip(itertools.count(start), plan()):
+            yield data.rows(*(torch.as_tensor(v).to(proc.device, non_blocking=True) for v in chosen), StepRandom(proc, seed, step, batch))
     loader = DataLoader(data, batch_sampler=([*zip(r, f.tolist())] for r, f in plan()), num_workers=min(data.workers, os.cpu_count()),
                         pin_memory=proc.device.type == "cuda", worker_init_fn=one_thread)
     for step, (x, y) in zip(itertools.count(start), plainly(loader)):

@@ -168,7 +168,7 @@ def main(args):
     proc, began = Processes(args.amp), time.perf_counter()
     info = train.describe_base(args, "v")
     stages = fill_defaults(args, info)
-    proc.check_batch(args.batch_size)
+    proc.check_batch(args.batch_size, args.accumulate)
     schedule, pred, project = make_schedule(info["schedule"]).to(proc.device), info["prediction"], PROJECTIONS[args.threshold]
     if args.dry_run:
         return say(proc, plan(args, info, stages, proc))
@@ -203,7 +203,7 @@ def main(args):
     # Setup data; without any, the base model's own samples:
     dataset, source = train.training_data(args, proc.mixed(base), base_info, proc)
     B, K, shape = args.batch_size, info["classes"], tuple(dataset.shape)
-    guard, stop, log = Guard(proc), Stop(proc, args), Log(args, proc, start, args.steps, args.objective, train.cost(args, info, UNITS[stages[-1]["kind"]]))
+    guard, stop, log = Guard(proc), Stop(proc, args), Log(args, proc, start, args.steps, args.objective, unit := train.cost(args, info, 1))
     stream = data.batches(dataset, proc, args.seed, B, start)
     for s in stages:
         s.update({k + "_t": torch.tensor(s[k], device=proc.device) for k in ("grid", "starts") if s[k]})
@@ -217,6 +217,7 @@ def main(args):
 
     for step in range(start, args.steps):
         stage = next(s for s in stages if step < s["end"])
+        log.flops = unit * UNITS[stage["kind"]]
         kind, grid, nodes, local, length = stage["kind"], stage["grid"], stage["nodes"], step - stage["begin"], stage["end"] - stage["begin"]
         if local == 0 and step > 0:  # theta <- eta; D and the optimiser start anew
             teacher, opt, buffer = proc.frozen(copy.deepcopy(net), args), runtime.adamw(net, args.lr), {}
@@ -288,8 +289,7 @@ def main(args):
                                       "critic_opt": critic_opt and critic_opt.state_dict()})
         if ended and done < args.steps:
             runtime.stopped(args, proc, done)
-    log.close()
-    stop.restore()
+    log.close(), stop.restore()
 
     # Measure before, after and the controls on the same noise and labels, all of them thresholded alike:
     entries = {}
@@ -318,8 +318,8 @@ def plan(args, info, stages, proc):
         nodes = f"{len(s['grid']) - 1} -> {len(s['nodes']) - 1} steps at t = {', '.join(map(str, s['nodes'][:4]))}, ..." if s["nodes"] else "guidance becomes an input"
         lines.append(f"{s['kind']:12} {nodes}; {n:,} steps of {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), lr {args.lr:g}, {n * UNITS[s['kind']] * args.batch_size * flops:.3g} FLOP")
     mean = sum((s["end"] - s["begin"]) * UNITS[s["kind"]] for s in stages) / args.steps * args.batch_size * flops
-    trained = {"pd": 1, "lcm": 2, "dmd2": 5}[args.objective]  # LCM's average; DMD2's critic has gradients and Adam of its own
-    return "\n".join([*lines, *train.resources(args, proc, info["arch"], info["arch"], mean, trained)])
+    copies = {"pd": (1, 1, 1), "lcm": (2, 1, 1), "dmd2": (5, 1, 2)}[args.objective]  # LCM's average; DMD2's critic has gradients and Adam, and twice the rows
+    return "\n".join([*lines, *train.resources(args, proc, info["arch"], info["arch"], mean, *copies)])
 
 
 # ---- Arguments ----------------------------------------------------------------------------------------
@@ -385,7 +385,7 @@ def fill_defaults(args, info):
     for s, begin, end in zip(stages, [0] + ends, ends):
         s.update(begin=begin, end=end)
     args.steps, args.nfe = ends[-1], len(nodes) - 1
-    runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every")
+    runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every", "save_minutes")
     train.check_pool(args)
     return stages
 

@@ -123,7 +123,7 @@ def main(args):
     info = train.describe_base(args)
     schedule, pred = make_schedule(info["schedule"]).to(proc.device), info["prediction"]
     updates = fill_defaults(args, info, schedule)
-    proc.check_batch(args.batch_size)
+    proc.check_batch(args.batch_size, args.accumulate)
     kind = None if schedule.continuous else "uniform"
     grids = {N: schedule_grid(schedule, kind, N) for N in dict(updates)}
     if args.dry_run:
@@ -214,6 +214,7 @@ def from_scratch(args):
         return say(proc, f"Eq. 1: alpha {args.mix[0]:g}, beta {args.mix[1]:g}, pairs of {args.depth} steps, target {args.target}")
     if train.measured(args):
         return train.report(args, proc)
+    proc.barrier()  # important! or rank 0 writes what another has not yet looked for
     if args.eval_samples:
         say(proc, f"the control: the ordinary loss for {args.steps} steps")
         plain = train.main(argparse.Namespace(**{**vars(own), "out": f"{args.out}/plain"}))
@@ -233,7 +234,7 @@ def plan(args, info, proc, updates):
         f"updates      {args.steps:,} of batch {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), by depth {depths}",
         f"training     lr {args.lr:g} -> {args.lr / 10:g}, Adam betas {args.betas[0]:g} {args.betas[1]:g}, EMA {args.ema:g}, guidance {args.w[0]:g} to {args.w[1]:g}, target {args.target}",
         f"units        {units(args, info)} forward units an update, a backward counts as two",
-        *train.resources(args, proc, info["arch"], info["arch"], cost, 2, int(args.variant == "tsd"))])
+        *train.resources(args, proc, info["arch"], info["arch"], cost, 2, int(args.variant == "tsd"), 2 if info["classes"] and args.w != [1, 1] else 1)])
 
 
 # ---- Arguments ----------------------------------------------------------------------------------------

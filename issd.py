@@ -76,7 +76,7 @@ def main(args):
     proc, began = Processes(args.amp), time.perf_counter()
     info = train.describe_base(args)
     fill_defaults(args, info)
-    proc.check_batch(args.batch_size)
+    proc.check_batch(args.batch_size, args.accumulate)
     schedule, project = make_schedule(info["schedule"]).to(proc.device), PROJECTIONS[info["threshold"]]
     grid, pairs = train.self_grid(args, info, schedule)
     train.self_checks(args, info, pairs)

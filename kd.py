@@ -84,7 +84,7 @@ def main(args):
     proc, began = Processes(args.amp), time.perf_counter()
     info = train.describe_base(args, "edm")
     arch = fill_defaults(args, info)
-    proc.check_batch(args.batch_size)
+    proc.check_batch(args.batch_size, args.accumulate)
     schedule, pred = make_schedule(info["schedule"]).to(proc.device), info["prediction"]
     if args.dry_run:
         return say(proc, plan(args, info, proc, arch))
@@ -94,8 +94,7 @@ def main(args):
     teacher = base_out = proc.mixed(proc.frozen(base, args))
     torch.manual_seed(args.seed)
     net = models.build(arch)
-    ema = EMA(net.to(proc.device), 1.0)
-    student, opt = proc.student(net, args), runtime.adamw(net, args.lr)
+    student, ema, opt = proc.student(net, args), EMA(net, 1.0), runtime.adamw(net, args.lr)
     info = {**base_info, "name": args.student, "arch": arch, "method": "kd", "nfe": args.nfe, "cfg": args.cfg}
     if args.uncond:
         teacher = guided_by(base_out, proc.mixed(proc.frozen(load_uncond(args, base_info), args)))

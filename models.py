@@ -13,7 +13,8 @@ that every forward of one iteration sees the same label. And the network can be 
 `forward(x, t, y, w, tap)` passes every block's output, and the network's output, through `tap(l, h) -> h`.
 
 Every network has: arch (what build() makes it from), sample_shape (C, H, W), num_classes (K; label K is the null one, K = 0 without
-labels), guidance (whether it takes the scale w), blocks (in order of execution), cfg_channels (how many channels guidance acts on; None: all).
+labels), guidance (whether it takes the scale w), blocks (in order of execution), cfg_channels (how many channels guidance acts on; None: all),
+recompute (may be set: see run()).
 """
 import re
 from collections import OrderedDict
@@ -23,10 +24,18 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from runtime import UserError
 from solvers import SIGMA_DATA
+
+def run(net, block, *inputs):
+    """block(*inputs); where net.recompute is set, its activations are not kept but computed again in the backward pass."""
+    if net.recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
 
 # ---------------------------------------------------------------------------------------------------
 # DiT
@@ -149,6 +158,7 @@ class DiT(nn.Module):
     """
 
     cfg_channels = 3  # upstream's; its authors call it unintended, but its published numbers have it
+    recompute = False
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  num_classes=1000, learn_sigma=True, guidance=False):
@@ -205,7 +215,7 @@ class DiT(nn.Module):
         if self.guidance:
             c = c + self.w_embedder(1000 * w)
         for l, block in enumerate(self.blocks):
-            h = tap(l, block(h, c))                                     # (B, T, D)
+            h = tap(l, run(self, block, h, c))                          # (B, T, D)
         return tap(len(self.blocks), self.unpatchify(self.final_layer(h, c)))
 
 
@@ -368,7 +378,7 @@ class UNet(nn.Module):
     Upstream keeps the table outside the U-Net; here it is the one key, of upstream's name, that UNetModel does not have: CLASS_TABLE.
     """
 
-    cfg_channels, guidance = None, False
+    cfg_channels, guidance, recompute = None, False, False
 
     def __init__(self, input_size=64, in_channels=4, model_channels=320, num_res_blocks=2, channel_mult=(1, 2, 4, 4),
                  attention_resolutions=(4, 2, 1), num_heads=None, num_head_channels=None, use_scale_shift_norm=False,
@@ -445,7 +455,7 @@ class UNet(nn.Module):
         context = {"none": lambda: None, "class": lambda: self.cond_stage_model["embedding"](y)[:, None], "text": lambda: y}[self.context]()
         h, skips, depth = x, [], len(self.input_blocks)
         for l, block in enumerate(self.blocks):
-            h = tap(l, block(h if l <= depth else torch.cat([h, skips.pop()], dim=1), emb, context))
+            h = tap(l, run(self, block, h if l <= depth else torch.cat([h, skips.pop()], dim=1), emb, context))
             if l < depth:
                 skips.append(h)
         return tap(len(self.blocks), self.out(h))
@@ -497,7 +507,8 @@ class EDMBlock(nn.Module):
         x = (self.skip(x) + self.conv1(drop(h) if drop else h)) * 0.5 ** 0.5
         if not self.attention:
             return x
-        q, k, v = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (1, -1, 3)).transpose(2, 4).unbind(3)  # (B, 1, HW, C); channels go q, k, v, q, ...
+        qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (1, -1, 3)).permute(3, 0, 1, 4, 2)  # (3, B, 1, HW, C); channels go q, k, v, q, ...
+        q, k, v = qkv.contiguous()                                      # as fused kernels want them
         h = F.scaled_dot_product_attention(q, k, v)
         return (x + self.proj(h.transpose(2, 3).reshape(x.shape))) * 0.5 ** 0.5
 
@@ -514,7 +525,7 @@ class DDPMpp(nn.Module):
     dropout may be set at any time and acts in training; its masks come from rng (runtime.StepRandom) where that is set, else from torch.
     """
 
-    cfg_channels, dropout, rng = None, 0.0, None
+    cfg_channels, dropout, rng, recompute = None, 0.0, None, False
 
     def __init__(self, input_size=32, in_channels=3, model_channels=128, num_blocks=4, channel_mult=(2, 2, 2), attn_resolutions=(16,),
                  num_classes=0, augment_dim=0, guidance=False):
@@ -564,6 +575,7 @@ class DDPMpp(nn.Module):
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
 
+    @torch.compiler.disable
     def drop(self, l, h):
         """Dropout of h (B, ...) in block l: the same mask when the block is computed again for its gradient."""
         u = self.rng.fork(l).uniform(h.shape[1:]) if self.rng else torch.rand(h.shape, device=h.device)
@@ -584,7 +596,7 @@ class DDPMpp(nn.Module):
         h, skips, depth = x, [], len(self.model["enc"])
         for l, (block, takes_skip) in enumerate(zip(self.blocks, self.takes_skip)):
             h = torch.cat([h, skips.pop()], dim=1) if takes_skip else h
-            h = tap(l, block(h, emb, drop(l)) if l else block(h))
+            h = tap(l, run(self, block, h, emb, drop(l)) if l else block(h))
             if l < depth:
                 skips.append(h)
         norm, conv = self.out

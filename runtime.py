@@ -12,7 +12,6 @@ import sys
 import time
 from contextlib import nullcontext, suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 CACHE = Path(os.environ.get("MINDISTILL_CACHE", Path.home() / ".cache" / "mindistill"))  # downloads live here
@@ -53,7 +51,7 @@ def common_arguments(p, out):
     p.add_argument("--amp", choices=["auto", "bf16", "off"], default="auto", help="autocast of network calls; auto: bf16 on GPU")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help=f"torch.compile each block (default: on GPUs, in runs of at least {WORTH_COMPILING:,} steps)")
     p.add_argument("--accumulate", type=int, default=1, metavar="PARTS", help="work through a process's share of the batch in so many parts: the same step, less memory")
-    p.add_argument("--grad-checkpointing", action="store_true", help="compute the blocks' activations again in the backward pass: a third more work, much less memory")
+    p.add_argument("--grad-checkpointing", action="store_true", help="compute the blocks' activations again in the backward pass: one more forward of the student, much less memory")
     p.add_argument("--log-every", type=int, metavar="STEPS")
     p.add_argument("--save-every", type=int, metavar="STEPS")
     p.add_argument("--save-minutes", type=float, default=10, metavar="MINUTES", help="save at least so often, whatever --save-every says (default 10)")
@@ -111,18 +109,18 @@ class Processes:
         if self.device.type == "cuda" and getattr(net, "arch", {}).get("net") in ("UNet", "DDPM++"):
             net.to(memory_format=torch.channels_last)
         if args and (args.compile or (args.compile is None and self.device.type == "cuda" and args.steps >= WORTH_COMPILING)):
-            torch._dynamo.config.cache_size_limit = 64  # blocks of a U-Net differ in shape and share a forward
-            [block.compile() for block in net.blocks]   # soon done; the keys of the state dict stay, and taps stay plain Python
+            c = torch._dynamo.config  # a U-Net's blocks differ in shape and share a forward; DDP's buckets would cut them
+            c.cache_size_limit, c.accumulated_cache_size_limit, c.optimize_ddp = 512, 4096, False
+            for block in net.blocks:  # soon done; the keys of the state dict stay, and taps stay plain Python. Only DDIL's rollouts have batches of any size
+                block.compile(dynamic=None if any(getattr(args, "dagger", ())) else False)
         return net
 
     def student(self, net, args=None):
         """net on this device, ready to train: wrapped for DDP when there are several processes."""
-        if args and args.grad_checkpointing:
-            for block in net.blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for m in net.modules() if args and args.grad_checkpointing else ():
+            m.recompute = True
         self.place(net, args).train()
-        ids = {"device_ids": [self.local_rank]} if self.device.type == "cuda" else {}
-        return net if self.world == 1 else DistributedDataParallel(net, gradient_as_bucket_view=True, **ids)
+        return net if self.world == 1 else DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def frozen(self, net, args=None):
         """net on this device, never to train. Under bf16 its matmul weights are stored as what autocast casts them to: half the memory, no casts, the same bits."""
@@ -136,8 +134,6 @@ class Processes:
     def backward(self, net, loss_of, parts, *rows):
         """loss_of(*rows).backward(), in so many equal parts of the rows (tensors of one row a sample, or None), one after another: the same gradients,
         less memory. net: what student() returned. -> the mean loss; with it, where loss_of returns a pair, the second of all rows."""
-        if parts < 1 or len(rows[0]) % parts:
-            raise UserError(f"--accumulate {parts}: must divide a process's share of the batch")
         results = []
         for i, piece in enumerate(zip(*([None] * parts if r is None else r.chunk(parts) for r in rows))):
             self.part = (i, parts)
@@ -149,12 +145,13 @@ class Processes:
         self.part, (losses, more) = (0, 1), zip(*results)
         return sum(losses) if more[0] is None else (sum(losses), torch.cat(more))
 
-    def check_batch(self, batch):
+    def check_batch(self, batch, parts=1):
         if batch % self.world:
             raise UserError(f"--batch-size {batch} is the batch of all processes together and must be divisible by their number, {self.world}")
+        if parts < 1 or batch // self.world % parts:
+            raise UserError(f"--accumulate {parts}: must divide a process's share of the batch, {batch // self.world}")
 
-    def rows(self, whole):
-        """This rank's rows of something that has one row per sample of the global batch."""
+    def rows(self, whole):  # this rank's rows of something that has one row per sample of the global batch
         n, (i, parts) = len(whole) // self.world // self.part[1], self.part
         return whole[(self.rank * parts + i) * n:][:n]
 
@@ -165,8 +162,7 @@ class Processes:
         dist.all_gather(parts := [torch.empty_like(rows) for _ in range(self.world)], rows.contiguous())
         return torch.cat(parts, dim)
 
-    def any(self, *flags):
-        """Each of them true on all ranks if it is true on one."""
+    def any(self, *flags):  # each of them true on all ranks if it is true on one
         if self.world == 1:
             return flags
         t = torch.tensor(flags, dtype=torch.int32)
@@ -179,15 +175,14 @@ class Processes:
             return None
         a, b = torch.randn(2, n, n, device=self.device, dtype=torch.bfloat16)
         times = []
-        for _ in range(8):
+        while sum(times) < 500:  # ms: as warm as in training
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             began.record(), a @ b, ended.record()
             torch.cuda.synchronize()
             times.append(began.elapsed_time(ended))
-        return 2 * n ** 3 / sorted(times)[3] / 1e9
+        return 2 * n ** 3 / sorted(times)[len(times) // 2] / 1e9
 
-    def sum(self, t):
-        """In-place sum over ranks."""
+    def sum(self, t):  # in place, over ranks
         if self.world > 1:
             dist.all_reduce(t)
         return t
@@ -270,9 +265,8 @@ class StepRandom:
         self.proc, self.batch, self.key, self.g = proc, batch, (seed, step), generator(proc.device, seed, step, *more)
         self.where = dict(generator=self.g, device=proc.device)
 
-    def fork(self, n):
-        """Other numbers of the same step, a stream for every n."""
-        return StepRandom(self.proc, *self.key, self.batch, 1 + n)
+    def fork(self, n):  # other numbers of the same step, a stream for every n
+        return StepRandom(self.proc, *self.key, self.batch, 4, n)  # 2 and 3: data.batches
 
     def normal(self, shape):
         return self.proc.rows(torch.randn(self.batch, *shape, **self.where))
@@ -313,7 +307,13 @@ class EMA:
 
 def adamw(net, lr, betas=(0.9, 0.999)):
     """Fused AdamW without weight decay, over what is trainable."""
-    return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr, betas=betas, weight_decay=0, fused=True)
+    opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr, betas=betas, weight_decay=0, fused=True)
+
+    def as_the_weights_lie(opt):  # important! fused AdamW takes no notice of strides, which differ where a U-Net's channels are last
+        for p, state in opt.state.items():
+            state.update({k: torch.empty_like(p).copy_(v) for k, v in state.items() if v.shape == p.shape})
+    opt.register_load_state_dict_post_hook(as_the_weights_lie)
+    return opt
 
 
 class Guard:

@@ -92,7 +92,7 @@ def main(args):
     proc, began = Processes(args.amp), time.perf_counter()
     info = train.describe_base(args)
     fill_defaults(args, info)
-    proc.check_batch(args.batch_size)
+    proc.check_batch(args.batch_size, args.accumulate)
     schedule, pred, project = make_schedule(info["schedule"]).to(proc.device), info["prediction"], PROJECTIONS[info["threshold"]]
     grid, pairs = train.self_grid(args, info, schedule)
     train.self_checks(args, info, pairs)
@@ -102,7 +102,7 @@ def main(args):
     # The base model is the teacher; the student starts as its copy, and so does its average where that is the teacher:
     base, base_info = train.base_model(args)
     student = proc.student(copy.deepcopy(base), args)
-    average = copy.deepcopy(base).to(proc.device).eval().requires_grad_(False) if args.teacher == "ema" else None
+    average = proc.place(copy.deepcopy(base), args).eval().requires_grad_(False) if args.teacher == "ema" else None
     base = proc.frozen(base, args)
     net = getattr(student, "module", student)
     opt = runtime.adamw(net, args.lr)

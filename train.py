@@ -82,7 +82,7 @@ def main(args, objective=diffusion_loss, method="train"):
     """Returns the path of the finished checkpoint. objective: another loss with the arguments of diffusion_loss (dsd.py --from-scratch)."""
     proc = Processes(args.amp)
     fill_defaults(args)
-    proc.check_batch(args.batch_size)
+    proc.check_batch(args.batch_size, args.accumulate)
 
     # Setup data and network:
     dataset = data.load(args.data, args.image_size or 256, args.classes)
@@ -113,9 +113,7 @@ def main(args, objective=diffusion_loss, method="train"):
         net = models.build(info["arch"])
         if isinstance(net, models.DiT):
             torch.nn.init.normal_(net.y_embedder.embedding_table.weight, std=args.label_std)
-    ema = EMA(net.to(proc.device), args.ema)
-    student = proc.student(net, args)
-    opt = runtime.adamw(net, args.lr)
+    student, ema, opt = proc.student(net, args), EMA(net, args.ema), runtime.adamw(net, args.lr)
 
     # Resume:
     state, start = checkpoints.prepare(args, proc), 0
@@ -165,12 +163,15 @@ def cost(args, info, units):
     return units * args.batch_size * models.count(info["arch"])[1]
 
 
-def resources(args, proc, base, arch, step, trained=1, frozen=1, pool=0):
+def resources(args, proc, base, arch, step, trained=1, frozen=1, wide=1):
     """Lines of every plan: operations, expected time by kind of card, memory of a process, disk. base, arch: the base model's and the student's; step: cost();
-    trained: copies of the student's weights, averages with it; frozen: networks of the base's size beside it; pool: operations that go before."""
-    GiB, rows, params, total = 2 ** 30, args.batch_size // proc.world // args.accumulate, models.count(arch)[0], args.steps * step
-    half = proc.bf16 or proc.device.type != "cuda" and max(params, models.count(base)[0]) > 1e7  # the plan of a large model speaks of a GPU, also when it is made without one
-    fixed = params * (12 + 4 * trained) + frozen * models.count(base)[0] * (2 if half else 4)
+    trained: copies of the student's weights, averages with it; frozen: networks of the base's size beside it; wide: rows of a forward by sample."""
+    GiB, rows, (params, forward), (base_params, base_forward) = 2 ** 30, args.batch_size // proc.world // args.accumulate * wide, models.count(arch), models.count(base)
+    half = proc.bf16 or args.amp != "off" and base_params > 1e7  # the plan of a large model speaks of a GPU, also when it is made without one
+    fixed = params * (12 + 4 * trained + 2 * half) + frozen * base_params * (2 if half else 4)
+    synthetic = (args.data or "").startswith("synthetic:")
+    pool = args.pool * int(args.data[10:]) * (2 if args.cfg != 1 and base["num_classes"] else 1) * base_forward if synthetic else 0
+    total = args.steps * (step + args.grad_checkpointing * forward * args.batch_size * wide)
     memory = f"about {fixed / GiB:.3g} GiB a process for weights, gradients, Adam, teacher; activations not counted"
     if "patch_size" in arch:  # bytes a token, channel and block: 48 under bf16, 80 in float32, counted with saved_tensors_hooks; 4 for stored features, or for what blocks are computed from again
         tokens, each = (arch["input_size"] // arch["patch_size"]) ** 2 * arch["hidden_size"] * rows, 48 if half else 80
@@ -179,10 +180,11 @@ def resources(args, proc, base, arch, step, trained=1, frozen=1, pool=0):
     minutes = {card: (total + pool) / proc.world / SHARE / tflops / 6e13 for card, tflops in CARDS.items()}
     times = ", ".join(f"{card} {m / 60:.1f} h" if m > 90 else f"{card} {m:.0f} min" for card, m in minutes.items())
     compiled = args.compile if args.compile is not None else args.steps >= runtime.WORTH_COMPILING
-    return [f"cost         {step:.3g} FLOP a step, {total:.3g} FLOP in all",
+    return [*([f"pool         {args.pool:,} samples of the base model, made first, {pool:.3g} FLOP, {args.pool * 2 * base['in_channels'] * base['input_size'] ** 2 / GiB:.2g} GiB on disk"] if synthetic else []),
+            f"cost         {step:.3g} FLOP a step, {total:.3g} FLOP in all" + " with what is computed again" * args.grad_checkpointing,
             f"time         on {proc.world} x {times}, at {SHARE:.0%} of the peak; networks {'' if compiled else 'not '}compiled on a GPU",
             f"memory       {memory}",
-            f"checkpoint   {args.out}/last.pt, {params * (8 + 4 * trained) / GiB:.2g} GiB, every {args.save_every} steps and {args.save_minutes:g} minutes"]
+            f"checkpoint   {args.out}/last.pt, {params * (8 + 4 * trained) / GiB:.2g} GiB (twice that while it is written), every {args.save_every} steps and {args.save_minutes:g} minutes"]
 
 
 def learning_rate(step, args):
@@ -241,7 +243,7 @@ def fill(args, info, preset):
     for key, value in {"cfg": info["cfg"], **preset}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every")
+    runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every", "save_minutes")
     if not math.isfinite(args.cfg):
         raise UserError(f"--cfg {args.cfg}: must be a number")
     if args.eval_samples and (not is_digits(info) or args.eval_samples < 2):
@@ -351,18 +353,13 @@ def self_entries(args, proc, before, after, info, source):
 def self_plan(name, args, info, proc, grid, units, what, copies=1):
     """What --dry-run prints: the run in numbers, from the presets and the shape of the network. units: forwards of an iteration, a backward
     counting as two; copies: of the weights in a checkpoint."""
-    arch, (params, flops), pool = info["arch"], models.count(info["arch"]), 0
+    arch, (params, flops) = info["arch"], models.count(info["arch"])
     lines = [f"{name} of {info['name']}, {params / 1e6:.1f}M parameters, {flops / 1e9:.4g} GFLOP a forward and sample",
              f"sampling     {args.nfe} steps at t = {', '.join(f'{t:.4g}' for t in grid[:3])}, ..., {grid[-2]:.4g}; guidance {args.cfg:g}",
              f"training     {what}, lr {args.lr:g}, batch {args.batch_size} ({proc.world} x {args.batch_size // proc.world}), {args.steps:,} steps" + (f", node {args.only_step} only" if args.only_step else ""),
              f"data         {args.data}"]
-    if args.data.startswith("synthetic:"):
-        steps = int(args.data[10:]) * (1 if args.cfg == 1 else 2)
-        pool = args.pool * steps * flops
-        lines[-1] += (f": {args.pool:,} samples of the base model, made first, {steps} forwards each, {pool:.3g} FLOP, "
-                      f"{args.pool * 2 * arch['in_channels'] * arch['input_size'] ** 2 / 2 ** 30:.2g} GiB on disk")
     lines += [f"units        {units} forward units a step, a backward counts as two",
-              *resources(args, proc, arch, arch, cost(args, info, units), copies, 1, pool),
+              *resources(args, proc, arch, arch, cost(args, info, units), copies, 1, 2 if args.guided == "all" or arch.get("context") == "text" else 1),
               f"quality      {f'{args.eval_samples:,} samples a row, before, after and two controls' if args.eval_samples else 'not measured'}"]
     return "\n".join(lines)
 
@@ -388,7 +385,7 @@ def self_arguments(p):
 # ---- Arguments ----------------------------------------------------------------------------------------
 
 # Dense bf16 TFLOP/s of a card by its datasheet, and the share of it that plans count on: with 40 % the SSD paper's iSSD run (8,007 steps, 1.2e18 FLOP,
-# 8 A6000) takes the 40 minutes that it reports.
+# 8 A6000, its data at hand) takes the 40 minutes that it reports.
 CARDS, SHARE = {"A6000": 155, "A100": 312, "H100 or H200": 989}, 0.4
 DROPOUT = 0.1  # of DDPM++ networks, to prevent over-fitting (the KD paper, A.1); no other has any
 POOL = 50_000  # synthetic samples; the paper does not say how many it made
@@ -407,7 +404,7 @@ def fill_defaults(args):
     for key, value in (DIGITS if args.data == "digits" else PAPER_EDM if args.model.startswith("DDPM++") else PAPER).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every")
+    runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every", "save_minutes")
 
 
 def parser():

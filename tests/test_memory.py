@@ -1,4 +1,5 @@
 """The same step with less memory, saves by the clock, more processes."""
+import copy
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ from conftest import inside, losses, torchrun, weights
 from test_runs import children, start, start_and_signal
 
 import models
+import runtime
 from runtime import UserError
 
 COMMON = ["--batch-size", 8, "--eval-samples", 0, "--log-every", 1, "--lr", 1e-3]
@@ -50,9 +52,42 @@ def test_training_from_scratch_in_parts_with_dropout(tmp_path):
     assert not torch.equal(net(x, t, y), net(x, t, y))
 
 
-def test_parts_that_do_not_divide_the_batch(tmp_path, ckpt):
-    with pytest.raises(UserError, match="--accumulate 3: must divide a process's share of the batch"):
-        inside(*command("issd", ckpt, tmp_path, "--accumulate", 3))
+def test_what_does_not_go(tmp_path, ckpt):
+    for more, says in (("--accumulate 3", "--accumulate 3: must divide a process's share of the batch, 8"), ("--accumulate 0", "--accumulate 0"), ("--save-minutes nan", "must be positive")):
+        with pytest.raises(UserError, match=says):
+            inside(*command("issd", ckpt, tmp_path, *more.split(), "--dry-run"))
+
+
+@pytest.mark.parametrize("words", ["issd.py --grad-checkpointing", "train.py --model DDPM++-8x1 --data digits", "train.py --model DDPM++-8x1 --data digits --grad-checkpointing"])
+def test_compiled_networks_make_the_same_step(tmp_path, ckpt, words, monkeypatch):
+    """As on a GPU by default, but without its code generator: the blocks are traced, whatever stands around them."""
+    script, *more = words.split()
+    run = lambda out, *w: inside(script, *more, *(["--ckpt", ckpt, "--eval-samples", 0] if script == "issd.py" else []), "--steps", 4, "--batch-size", 8, "--log-every", 1, "--out", out, *w)
+    graphs = []
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile(self, backend=lambda g, inputs: graphs.append(g) or g.forward, **kw))
+    run(tmp_path / "a"), run(tmp_path / "b", "--compile")
+    assert graphs and losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-5) and close(weights(tmp_path / "a"), weights(tmp_path / "b")) < 1e-5
+
+
+def test_moments_lie_as_the_weights_do():
+    """A run with channels last (a GPU's U-Net) that continues where they are not, and the other way."""
+    nets = [torch.nn.Conv2d(3, 4, 3) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    nets[1].to(memory_format=torch.channels_last)
+    x, opts = torch.randn(2, 3, 8, 8), [runtime.adamw(net, 0.1) for net in nets]
+
+    def step(i):
+        nets[i](x).square().sum().backward()
+        opts[i].step(), opts[i].zero_grad()
+    for i in (0, 1, 0):
+        step(i)
+    other = runtime.adamw(nets[0], 0.1)
+    nets[0].load_state_dict(nets[1].state_dict())
+    other.load_state_dict(copy.deepcopy(opts[1].state_dict()))
+    opts[0] = other
+    step(0), step(1)
+    torch.testing.assert_close(nets[0].weight, nets[1].weight)
 
 
 def test_saves_by_the_clock(tmp_path, ckpt):
