@@ -183,7 +183,7 @@ def main(args):
     if args.losses:
         return losses(args.methods[0], base, args)
     for i, name in enumerate(args.methods):
-        if time.perf_counter() - began > 60 * args.minutes * i / max(i + 1, 1) and i:  # as long as the next one is likely to fit
+        if i and (time.perf_counter() - began) / i * (i + 1) > 60 * args.minutes:  # the next one would hardly fit
             return print(f"{args.minutes:g} minutes are nearly over; left out: {', '.join(args.methods[i:])}")
         compare(name, base, args, peak)
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import inside, losses, torchrun, weights
+from conftest import inside, losses, script, torchrun, weights
 from test_runs import children, start, start_and_signal
 
 import models
@@ -114,3 +114,9 @@ def test_four_processes_one_of_which_is_lost_and_two_that_resume_them(tmp_path, 
     assert losses(tmp_path / "part")[:6] == pytest.approx(losses(tmp_path / "one")[:6], rel=1e-4) and min(losses(tmp_path / "one")) > 0
     torchrun(2, *run(tmp_path / "part", "--accumulate", 2))
     assert losses(tmp_path / "part") == pytest.approx(losses(tmp_path / "one"), rel=1e-4) and close(weights(tmp_path / "part"), weights(tmp_path / "one")) < 1e-5
+
+
+def test_the_benchmark_shrunk():
+    out = script("benchmarks/throughput.py", "--model", "DiT-Na/2", "--student", "DiT-Na/2", "--batch-size", 1, "--repeats", 1, "--methods", "issd", "pd", "dsd", "kd", "sampling").stdout
+    assert all(f"{name}: ours is " in out for name in ("issd", "pd", "dsd", "kd", "sampling")) and "TFLOP/s" in out
+    assert "relative difference" in script("benchmarks/throughput.py", "--model", "DiT-Na/2", "--batch-size", 1, "--methods", "issd", "--losses", 2).stdout
