@@ -16,7 +16,7 @@ import common
 from runtime import UserError
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "experiments").glob("[ds]sd_*.py")) + ["cifar"])
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "experiments").glob("*_*.py")) + ["cifar"])
 def test_scripts_import_and_say_what_they_do(name):
     module = importlib.import_module(name)
     assert f"python experiments/{name}.py" in module.__doc__ and callable(module.main)
