@@ -16,9 +16,10 @@ Every network has: arch (what build() makes it from), sample_shape (C, H, W), nu
 labels), guidance (whether it takes the scale w), blocks (in order of execution), cfg_channels (how many channels guidance acts on; None: all),
 recompute (may be set: see run()).
 """
+import json
 import re
 from collections import OrderedDict
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -702,6 +703,12 @@ def fill_random(net, std=0.02, seed=0):
 def count(arch):
     """(parameters, floating-point operations of one forward of one sample), counted on the meta device; 2 per multiply-add.
     A prompt has 77 tokens, as CLIP's."""
+    return count_once(json.dumps(arch))
+
+
+@lru_cache
+def count_once(arch):
+    arch = json.loads(arch)
     with torch.device("meta"):
         net, x = build(arch), torch.empty(1, arch["in_channels"], arch["input_size"], arch["input_size"])
         with FlopCounterMode(display=False) as counter, torch.no_grad():
