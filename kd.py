@@ -213,7 +213,7 @@ def fill_defaults(args, info):
         args.uncond = "DDPM++-t-uncond"  # the paper's second teacher
     preset = PAPER if edm else SD if text else OTHER
     if train.is_digits(info):
-        preset = {**preset, **DIGITS, **(dict(student="DDPM++-8x1") if edm else {})}
+        preset = {**preset, **DIGITS, **(dict(student="DDPM++-8x1") if edm else dict(lr=3e-3))}  # of a DiT: train.py's
     if not (args.student or preset["student"]):
         raise UserError(f"say which network the student is, a smaller one of {info['name']}'s kind, as --student DiT-S/2")
     cifar = info["arch"]["input_size"] == 32 and info["scale"] is None
