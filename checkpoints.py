@@ -27,12 +27,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from models import CLASS_TABLE, DDPMPP, UNETS, build, make_arch
-from runtime import UserError, flag, write_text
+from runtime import CACHE, UserError, flag, write_text
 from solvers import SIGMA_DATA
 
-# ---------------------------------------------------------------------------------------------------
-# Reading and loading
-# ---------------------------------------------------------------------------------------------------
+# ---- Reading and loading ----------------------------------------------------------------------------
 
 UPSTREAM = {  # the links that the upstream repositories give: READMEs, download scripts, LDM's notebook
     ("DiT-XL/2", 256): "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt",
@@ -265,17 +263,15 @@ def describe(ckpt, name=None, image_size=None):
 
 
 def load_model(path, name=None, image_size=None):
-    """A checkpoint's path -> (network in eval mode on the CPU, its describe())."""
-    ckpt = read_file(path)
+    """A checkpoint's path or URL -> (network in eval mode on the CPU, its describe())."""
+    ckpt = read_file(path := local(path, name, image_size))
     info = describe(path, name, image_size)
     with torch.device("meta"):
         net = build(info["arch"])
     return load_weights(net.to_empty(device="cpu"), ckpt, path).eval(), info
 
 
-# ---------------------------------------------------------------------------------------------------
-# Downloads
-# ---------------------------------------------------------------------------------------------------
+# ---- Downloads --------------------------------------------------------------------------------------
 
 
 TIMEOUT = 60  # seconds without a byte
@@ -390,9 +386,12 @@ def upstream_checkpoint(name, image_size, folder):
     return fetch(url, folder, check=lambda path: load_model(path, name, image_size))
 
 
-# ---------------------------------------------------------------------------------------------------
-# A run's own file
-# ---------------------------------------------------------------------------------------------------
+def local(path, name=None, image_size=None):
+    """Where the checkpoint is: a URL is fetched, once."""
+    return fetch(path, CACHE, check=lambda file: load_model(file, name, image_size)) if "://" in str(path) else path
+
+
+# ---- A run's own file -------------------------------------------------------------------------------
 
 NOT_COMPARED = {"out", "resume", "log_every", "save_every", "eval_samples", "dry_run", "compile", "accumulate", "grad_checkpointing", "save_minutes"}  # may change between launches
 
@@ -410,6 +409,9 @@ def prepare(args, proc):
     if args.resume == "never" and last.exists():
         raise UserError(f"{last} exists and --resume never would overwrite it; choose another --out or delete it")
     if not last.exists():
+        for control in ("continued", "plain", "dsm"):
+            if (out / control / "last.pt").exists():
+                raise UserError(f"{out / control} is left of a run that is no more: delete it, or choose another --out")
         return None
     try:
         state = torch.load(last, map_location="cpu", weights_only=True)

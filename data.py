@@ -24,12 +24,12 @@ from runtime import CACHE, StepRandom, UserError, bar, generator, write_text
 from solvers import PROJECTIONS, fused, guide, make_schedule, sample, solver_grid
 
 ASSETS = Path(__file__).parent / "assets"
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}  # of images
+TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 CHUNK = 250  # samples are drawn in chunks of this many, each from its own seed: the same on any number of processes
 
 
-# ---------------------------------------------------------------------------------------------------
-# Data sets
-# ---------------------------------------------------------------------------------------------------
+# ---- Data sets --------------------------------------------------------------------------------------
 
 
 class Pixels:
@@ -54,20 +54,33 @@ class Pixels:
         return (torch.where(flip.bool().view(-1, 1, 1, 1), x.flip(-1), x) if self.flip else x), self.y[index]
 
 
+def walk(folder):
+    """Every folder from this one down, links followed -> (path, names of folders in it, names of images), sorted. What is hidden does not count."""
+    for path, inner, names in os.walk(folder, followlinks=True):
+        inner[:], names = (sorted(n for n in some if not n.startswith((".", "__MACOSX"))) for some in (inner, names))
+        yield path, inner, [n for n in names if Path(n).suffix.lower() in ENDINGS]
+
+
+def image_files(folder):
+    """All images below a folder, in order. Raises UserError when there are none."""
+    files = sorted(Path(path, name) for path, _, names in walk(folder) for name in names)
+    if not files:
+        raise UserError(f"{folder}: no images there (looked for {', '.join(sorted(ENDINGS))})")
+    return files
+
+
 class ImageFolder(torch.utils.data.Dataset):
     """Images below a folder, cropped as ADM does. Sub-folders are classes, in alphabetical order; without
     sub-folders there is no class (K = 0) and every label is the null one."""
 
     scale, text, workers, flip = None, None, 4, True
-    ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
     def __init__(self, root, size):
         self.root, self.name, self.size, self.shape = Path(root), str(root), size, (3, size, size)
-        folders = sorted(d for d in Path(root).iterdir() if d.is_dir())
-        self.classes = len(folders)
-        self.files = [(f, k) for k, d in enumerate(folders or [Path(root)]) for f in sorted(d.rglob("*")) if f.suffix.lower() in self.ENDINGS]
-        if not self.files:
-            raise UserError(f"--data {root}: no images there (looked for {', '.join(sorted(self.ENDINGS))})")
+        _, folders, beside = next(walk(root))
+        if folders and beside:
+            raise UserError(f"--data {root}: {beside[0]} lies beside folders, which are classes; move it into one, or away")
+        self.classes, self.files = len(folders), [(f, k) for k, d in enumerate(folders or [""]) for f in image_files(Path(root, d))]
 
     def __len__(self):
         return len(self.files)
@@ -101,14 +114,14 @@ class Latents(torch.utils.data.Dataset):
         try:
             self.x, self.y = np.load(root / "latents.npy", mmap_mode="r"), np.load(root / "labels.npy")
             meta = json.loads((root / "meta.json").read_text())
-            self.classes, self.scale, self.text, self.null = meta["classes"], meta["scale"], None, None
+            self.classes, self.scale, self.text, self.null = int(meta["classes"]), None if meta["scale"] is None else float(meta["scale"]), None, None
             if (root / "embeddings.npy").exists():
                 self.embeddings, self.null = load_prompts(root)
                 self.classes, self.text = 0, tuple(self.null.shape[1:])
         except (OSError, ValueError, KeyError, EOFError, TypeError) as e:
             raise UserError(f"--data {root}: cannot be read ({e}); make it again")
-        if self.x.ndim != 6 or len(self.x) != len(self.y) or len(self.y) == 0:
-            raise UserError(f"--data {root}: latents.npy is {self.x.shape}, labels.npy {self.y.shape}; want (N, F, S, C, H, W) and (N,)")
+        if self.x.ndim != 6 or self.x.dtype.kind != "f" or not {*self.x.shape[1:3]} <= {1, 2} or self.y.shape != self.x.shape[:1] or not self.y.size or self.y.dtype.kind not in "iu":
+            raise UserError(f"--data {root}: latents.npy is {self.x.dtype} {self.x.shape}, labels.npy {self.y.dtype} {self.y.shape}; want floats (N, 1 or 2, 1 or 2, C, H, W), integers (N,)")
         if self.text and not 0 <= self.y.min() <= self.y.max() < len(self.embeddings):
             raise UserError(f"--data {root}: labels.npy names rows that embeddings.npy with its {len(self.embeddings)} does not have; make it again")
         self.shape = self.x.shape[3:]
@@ -176,37 +189,41 @@ def digits():
     return Pixels(np.round(x[:, None] * (255 / 16)).astype(np.uint8), y, 10, flip=False, name="digits")
 
 
+def check_name(name):
+    """Raise UserError when load(name) cannot but fail."""
+    if name not in ("digits", *TORCHVISION) and not (name and Path(name).is_dir()) and not name.endswith(".npz"):
+        raise UserError(f"--data {name}: neither a known set (digits, {', '.join(TORCHVISION)}) nor a folder nor an .npz")
+
+
 def load(name, image_size=256, classes=None):
     """--data NAME: digits, mnist, fashion-mnist, cifar10, a folder of images, an .npz of them as sample.py writes it, or a folder of cached latents.
 
     classes: more classes than the data shows; data without labels has none. Raises UserError.
     """
+    check_name(name)
     if name == "digits":
         data = digits()
-    elif name in ("mnist", "fashion-mnist", "cifar10"):
+    elif name in TORCHVISION:
         import torchvision
-        kind = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
         try:
-            raw = local_first(lambda: getattr(torchvision.datasets, kind)(CACHE / "data", train=True, download=True))
+            raw = local_first(lambda: getattr(torchvision.datasets, TORCHVISION[name])(CACHE / "data", train=True, download=True))
         except Exception as e:  # urllib's, torchvision's own RuntimeError, zipfile's, ...
             raise UserError(f"--data {name}: torchvision cannot fetch it into {CACHE / 'data'} ({e}); put its files there yourself")
         x = np.asarray(raw.data)
         data = Pixels(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2), raw.targets, 10, flip=name == "cifar10", name=name)
-    elif (Path(name) / "latents.npy").exists():
+    elif Path(name, "latents.npy").exists():
         data = Latents(name)
     elif Path(name).is_dir():
         data = ImageFolder(name, image_size)
-    elif Path(name).suffix == ".npz":
+    else:
         try:
             with np.load(name) as f:
                 x, y = f["arr_0"], f["arr_1"] if "arr_1" in f else np.zeros(0, int)
-            if x.dtype != np.uint8 or x.ndim != 4 or not len(x) or len(y) not in (0, len(x)) or y.dtype.kind not in "iu":
-                raise ValueError(f"arr_0 is {x.dtype} {x.shape}, arr_1 {y.dtype} {y.shape}; want uint8 (N, H, W, C) and integers (N,)")
+            if x.dtype != np.uint8 or x.ndim != 4 or not len(x) or x.shape[1] != x.shape[2] or y.shape not in ((0,), x.shape[:1]) or y.dtype.kind not in "iu":
+                raise ValueError(f"arr_0 is {x.dtype} {x.shape}, arr_1 {y.dtype} {y.shape}; want uint8 (N, H, H, C) and integers (N,)")
         except Exception as e:  # a damaged file fails in as many ways as there are members
             raise UserError(f"--data {name}: cannot be read ({str(e)[:160]}); make it again")
         data = Pixels(x.transpose(0, 3, 1, 2), y if len(y) else np.zeros(len(x)), int(y.max(initial=-1)) + 1, flip=True, name=name)
-    else:
-        raise UserError(f"--data {name}: neither a known set (digits, mnist, fashion-mnist, cifar10) nor a folder nor an .npz")
     labels = labels_of(data)
     if data.classes:
         data.classes = classes or data.classes
@@ -243,9 +260,7 @@ def check_fits(data, info):
             data.y = data.y * 0 + info["classes"]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------------
+# ---- Batches ----------------------------------------------------------------------------------------
 
 
 def batches(data, proc, seed, batch, start):
@@ -288,9 +303,7 @@ def one_thread(worker):
     torch.set_num_threads(1)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Samples
-# ---------------------------------------------------------------------------------------------------
+# ---- Samples ----------------------------------------------------------------------------------------
 
 
 def sample_chunks(net, info, proc, num, seed, nfe=None, cfg=None, solver=None, label=None, todo=None, prompts=None, desc="sampling"):
@@ -419,11 +432,6 @@ def save_array(path, x):
     except OSError as e:
         part.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({e.strerror or e}); what is there already is kept: free some space and repeat the command")
-
-
-def net_shape(info):
-    arch = info["arch"]
-    return arch["in_channels"], arch["input_size"], arch["input_size"]
 
 
 def fingerprint(net):

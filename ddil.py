@@ -385,8 +385,8 @@ def fill_defaults(args, info):
     for s, begin, end in zip(stages, [0] + ends, ends):
         s.update(begin=begin, end=end)
     args.steps, args.nfe = ends[-1], len(nodes) - 1
-    runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every", "save_minutes")
-    train.check_pool(args)
+    runtime.check_positive(args)
+    train.check_data(args)
     return stages
 
 

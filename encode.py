@@ -24,9 +24,7 @@ from checkpoints import local_first
 from data import CHUNK, ImageFolder, Latents, center_crop, labels_of, load, one_thread, plainly, save_array, to_float, to_uint8, write_pieces
 from runtime import Processes, UserError, bar, say, write_text
 
-# ---------------------------------------------------------------------------------------------------
-# The models
-# ---------------------------------------------------------------------------------------------------
+# ---- The models -------------------------------------------------------------------------------------
 
 
 def load_extra(proc, flag, name, places, load):
@@ -87,9 +85,7 @@ def encode_prompts(net, texts):
     return net(tokens.input_ids.to(net.device)).last_hidden_state
 
 
-# ---------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------
+# ---- The command ------------------------------------------------------------------------------------
 
 
 class Crops:
@@ -159,7 +155,7 @@ def read_prompts(path, data=None):
 def main(args):
     """python data.py encode"""
     proc, out = Processes(args.amp), Path(args.out)
-    runtime.check_positive(args, "batch_size", *[name for name in ("image_size", "scale") if getattr(args, name) is not None])
+    runtime.check_positive(args, "batch_size", "image_size", "scale")
     if not args.data and not args.prompts:
         raise UserError("encode what? Name images with --data, prompts with --prompts, or both")
     data = load(args.data, args.image_size or 256) if args.data else None
@@ -210,9 +206,7 @@ def main(args):
     say(proc, f"{out}: {', '.join(filter(None, what))}")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------
+# ---- Arguments --------------------------------------------------------------------------------------
 
 
 def parser():

@@ -29,9 +29,7 @@ import runtime
 from data import ASSETS, to_float, to_uint8
 from runtime import UserError
 
-# ---------------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------------
+# ---- Networks ---------------------------------------------------------------------------------------
 
 # The weights of TensorFlow's inception-2015-12-05 as ported by pytorch-fid; the name ends in the beginning of its sha256.
 INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -242,9 +240,7 @@ def load_features(name="inception", resize="adm", device="cpu"):
     return net.to(device).eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------
+# ---- Images -----------------------------------------------------------------------------------------
 
 # batches(proc, size) yields (position of the first, images (n, C, H, W) uint8, labels (n,) or None): this rank's share of the batches.
 Images = namedtuple("Images", "name count batches")
@@ -330,14 +326,11 @@ def check_images(x, path):
 def open_images(path, args, proc, num=None):
     """A folder, an .npz of images, a checkpoint or the name of a set -> (Images of its first `num`, or None;
     the arrays of statistics that an .npz holds, or None)."""
-    if path in ("digits", "mnist", "fashion-mnist", "cifar10"):
+    if path in ("digits", *data.TORCHVISION):
         x = data.load(path)
         return in_slices(path, x.x.permute(0, 2, 3, 1).numpy(), x.y, num), None
     if Path(path).is_dir():
-        files = sorted(os.path.join(d, f) for d, _, names in os.walk(path, followlinks=True) for f in names if Path(f).suffix.lower() in data.ImageFolder.ENDINGS)
-        if not files:
-            raise UserError(f"{path}: no images there (looked for {', '.join(sorted(data.ImageFolder.ENDINGS))})")
-        return in_slices(path, files, None, num, args.image_size, workers=8), None
+        return in_slices(path, data.image_files(path), None, num, args.image_size, workers=8), None
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file or folder")
     if Path(path).suffix in (".pt", ".pth", ".ckpt"):

@@ -43,9 +43,7 @@ from data import digits, to_float
 from features import RESIZE, in_slices, load_features, open_images
 from runtime import Processes, UserError, bar, say
 
-# ---------------------------------------------------------------------------------------------------
-# Metrics: plain functions on arrays
-# ---------------------------------------------------------------------------------------------------
+# ---- Metrics: plain functions on arrays -------------------------------------------------------------
 
 
 class Statistics:
@@ -167,9 +165,7 @@ def precision_recall(real, fake, k=3, block=4096, quiet=True):
     return float(precise.double().mean()), float(recalled.double().mean())
 
 
-# ---------------------------------------------------------------------------------------------------
-# Measuring
-# ---------------------------------------------------------------------------------------------------
+# ---- Measuring --------------------------------------------------------------------------------------
 
 REFERENCE = 10_000  # images of a reference kept for precision and recall, as in ADM's reference batches
 
@@ -299,9 +295,7 @@ def table(rows, features):
     return "\n".join(lines + [f"{name:{first}}" + "".join(f"{r[k]:{width[k]}.{d}f}" for k, (_, d) in heads.items()) for name, r in rows.items()])
 
 
-# ---------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------
+# ---- Command line -----------------------------------------------------------------------------------
 
 
 def open_statistics(statistics, path, unnamed):
@@ -398,7 +392,7 @@ def parser():
     p.add_argument("--num-samples", type=int, help="take this many samples (default: all; of a checkpoint 50,000)")
     p.add_argument("--nfe", type=int, help="steps of a checkpoint; default: as trained, else 50")
     p.add_argument("--cfg", type=float, help="guidance of a checkpoint (1: none); default: as trained")
-    p.add_argument("--seed", type=int, default=0, help="of a checkpoint's samples")
+    p.add_argument("--seed", type=runtime.seed, default=0, help="of a checkpoint's samples")
     p.add_argument("--batch-size", type=int, help="images a forward and process (default: 64 on GPU, 8 on CPU, where it is fastest)")
     p.add_argument("--out", help="where ref writes the statistics")
     p.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")

@@ -44,7 +44,7 @@ def issd_loss(student, teacher, schedule, x0, y, s, t, noise, lam, reading="teac
 
     x0, noise (B, C, H, W); y (B,) labels, already dropped; s > t (B,) neighbouring nodes of the solver's grid; 0 <= lam <= 1.
     reading: who evaluates (x_s, s), that is, whose eps makes x_t and whose features are fused.
-        "teacher"  both the frozen teacher's: Eq. 6 and line 7                               5 forward units
+        "teacher"  both the frozen teacher's: Eq. 6 and line 7                               5 forwards, a backward counting as two
         "student"  both the student's: line 8 and its heading                                5
         "literal"  line 7 by the teacher, line 8 by the student, as printed                  6
     guided: net(x, t, y) that makes the solver's step in their place, if given; project: as the sampler's.
@@ -58,12 +58,12 @@ def issd_loss(student, teacher, schedule, x0, y, s, t, noise, lam, reading="teac
         store = lambda l, h: features.append(h) or h
         source = teacher if reading == "teacher" else student
         eps_s = source(x_s, s, y, tap=store)[:, :C]                           # (B, C, H, W)           Alg. 2, lines 7-8
-        if guided or reading == "literal":
-            eps_s = (guided or teacher)(x_s, s, y)[:, :C]
+        if guided or reading == "literal":                                    # then another network makes the step
+            eps_s = (guided or teacher)(x_s, s, y)[:, :C]                     #                        line 7
         x_t = ddim_step(schedule, x_s, eps_s, s, t, prediction, project)      # (B, C, H, W)           line 10
         eps_teacher = teacher(x_t, t, y)[:, :C]                               # (B, C, H, W)           line 12
 
-    fuse = lambda l, h: torch.lerp(h, features[l], lam)                       # lam f_s + (1 - lam) h  Eq. 6
+    fuse = lambda l, h: torch.lerp(h, features[l], lam)                       # lam f_s + (1 - lam) h  Eq. 6, its l is l + 1 here
     eps_student = student(x_t, t, y, tap=fuse)[:, :C]                         # (B, C, H, W)           line 11
     loss = (eps_teacher - eps_student).square().mean()                        #                        Eq. 7
     return loss, {"x_s": x_s, "x_t": x_t, "eps_s": eps_s}
@@ -89,7 +89,8 @@ def main(args):
     teacher = proc.frozen(base, args)
     net = getattr(student, "module", student)
     opt = runtime.adamw(net, args.lr)
-    info = {**base_info, "method": "issd", "grid": grid, "nfe": args.nfe, "cfg": args.cfg, "only_node": grid[args.only_step] if args.only_step else None}
+    learns = grid[args.only_step] if args.only_step else None  # the student's node is the later one, t
+    info = {**base_info, "method": "issd", "grid": grid, "nfe": args.nfe, "cfg": args.cfg, "only_node": learns}
 
     # Resume:
     state, start = checkpoints.prepare(args, proc), 0
@@ -102,14 +103,18 @@ def main(args):
             return train.report(args, proc)
 
     # Setup data; without any, the base model's own samples (the paper's Table 8):
-    student_eps, teacher_eps = proc.mixed(student), proc.mixed(teacher)
-    dataset, source = train.training_data(args, teacher_eps, base_info, proc)
-    base_eps, guided = teacher_eps, guide(teacher_eps, args.cfg) if args.guided == "step" else None
+    student_net, base_net = proc.mixed(student), proc.mixed(teacher)
+    dataset, source = train.training_data(args, base_net, base_info, proc)
+    teacher_net = base_net
+    guided = guide(base_net, args.cfg) if args.guided == "step" else None
     if args.guided == "all":
-        student_eps, teacher_eps = guide(student_eps, args.cfg), guide(teacher_eps, args.cfg)
+        student_net, teacher_net = guide(student_net, args.cfg), guide(base_net, args.cfg)
+
+    def loss_of(x0, y, s, t, noise):
+        return issd_loss(student_net, teacher_net, schedule, x0, y, s, t, noise, args.lam, args.reading, info["prediction"], guided, project)[0]
 
     nodes = torch.tensor(grid, device=proc.device)
-    first, end = (args.only_step - 1, args.only_step) if args.only_step else (0, pairs)
+    first, end = (args.only_step - 1, args.only_step) if args.only_step else (0, pairs)  # nodes count from 0, --only-step from 1
     guard, stop = Guard(proc), Stop(proc, args)
     log = Log(args, proc, start, args.steps, "issd", train.cost(args, info, units(args)))
     stream = data.batches(dataset, proc, args.seed, args.batch_size, start)
@@ -118,8 +123,6 @@ def main(args):
         rng = StepRandom(proc, args.seed, step, args.batch_size)
         y = torch.where(rng.uniform() < args.drop, info["classes"], y)  # important! once per sample, so that all forwards agree
         n = rng.integers(first, end)
-        loss_of = lambda x0, y, s, t, noise: issd_loss(student_eps, teacher_eps, schedule, x0, y, s, t, noise, args.lam, args.reading,
-                                                       info["prediction"], guided, project)[0]
         loss = proc.backward(student, loss_of, args.accumulate, x0, y, nodes[n], nodes[n + 1], rng.normal(x0.shape[1:]))
         guard.update(opt, loss, step)
 
@@ -136,13 +139,16 @@ def main(args):
     stop.restore()
 
     # Measure before, after and the controls on the same noise and labels:
-    entries = train.self_entries(args, proc, base_eps, proc.mixed(net.eval()), info, source) if args.eval_samples else {}
+    entries = train.self_entries(args, proc, base_net, proc.mixed(net.eval()), info, source) if args.eval_samples else {}
     train.measure(args, proc, "issd", time.perf_counter() - began, entries, lam=args.lam, reading=args.reading)
 
 
 def units(args):
     """Forwards of a step, a backward counting as two."""
-    return 7 if args.guided == "step" else (6 if args.reading == "literal" else 5) * (2 if args.guided == "all" else 1)
+    if args.guided == "step":
+        return 7
+    unguided = 6 if args.reading == "literal" else 5
+    return 2 * unguided if args.guided == "all" else unguided
 
 
 def plan(args, info, proc, grid):

@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
 def common_arguments(p, out):
     """The flags that mean the same in every training script."""
-    p.add_argument("--seed", type=int, default=0, help="every random number of step n is drawn from (seed, n)")
+    p.add_argument("--seed", type=seed, default=0, help="every random number of step n is drawn from (seed, n)")
     p.add_argument("--out", default=out, help="folder of last.pt, log.jsonl, metrics.json and pictures")
     p.add_argument("--resume", choices=["auto", "never"], default="auto", help="auto continues what is in --out")
     p.add_argument("--amp", choices=["auto", "bf16", "off"], default="auto", help="autocast of network calls; auto: bf16 on GPU")
@@ -57,21 +57,28 @@ def compiles(args):  # on a GPU. Torch 2.4 cannot compile what is computed again
     return args.compile if args.compile is not None else args.steps >= 1000 and not args.grad_checkpointing
 
 
+def flag(key):
+    return "--" + key.replace("_", "-")
+
+
 def check_positive(args, *names):
-    for name in names:
-        if not 0 < getattr(args, name) < float("inf"):
-            raise UserError(f"{flag(name)} {getattr(args, name)}: must be positive")
+    for name in names or ("steps", "batch_size", "lr", "log_every", "save_every", "save_minutes", "image_size", "classes"):
+        value = getattr(args, name, None)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{flag(name)} {value}: must be positive")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Processes
-# ---------------------------------------------------------------------------------------------------
+def seed(text):  # the type of --seed
+    if not 0 <= int(text) < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text}: must lie between 0 and 2^63 - 1")
+    return int(text)
+
+
+# ---- Processes --------------------------------------------------------------------------------------
 
 
 class Processes:
     """Who this process is. One boolean decides everything: `world > 1`, set by torchrun's environment."""
-
-    part = (0, 1)  # which part of its rows it works on, of how many: see backward()
 
     def __init__(self, amp="auto"):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -90,7 +97,7 @@ class Processes:
                 mallopt = ctypes.CDLL("libc.so.6").mallopt
                 mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1), mallopt(-2, 2 ** 26)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
         self.bf16 = amp == "bf16" or (amp == "auto" and cuda and torch.cuda.is_bf16_supported())
-        self.main = self.rank == 0
+        self.main, self.part = self.rank == 0, (0, 1)  # part: which of its rows it works on, of how many: see backward()
 
     def mixed(self, net):
         """net's forward under bf16 autocast if so chosen, giving float32: half precision never leaves the call."""
@@ -172,14 +179,9 @@ class Processes:
         """TFLOP/s of a product of two bf16 matrices of random numbers, n x n, on a GPU; None on a CPU."""
         if self.device.type != "cuda":
             return None
+        from torch.utils.benchmark import Timer  # takes long, and warns where there is no GPU
         a, b = torch.randn(2, n, n, device=self.device, dtype=torch.bfloat16)
-        times = []
-        while sum(times) < 500:  # ms: as warm as in training
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record(), a @ b, ended.record()
-            torch.cuda.synchronize()
-            times.append(began.elapsed_time(ended))
-        return 2 * n ** 3 / sorted(times)[len(times) // 2] / 1e9
+        return 2 * n ** 3 / Timer("a @ b", globals=dict(a=a, b=b)).blocked_autorange(min_run_time=0.5).median / 1e12
 
     def sum(self, t):  # in place, over ranks
         if self.world > 1:
@@ -212,7 +214,9 @@ def run(main, args):
         leave(f"error: {e.strerror or e}{': ' + str(e.filename) if e.filename else ''}; nothing that was saved is lost, mend it and repeat the command", 2)
     except KeyboardInterrupt:
         leave("interrupted; what was saved is whole, and a training command continues from it", 130)
-    except RuntimeError as e:
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(e):
+            leave("error: out of memory; lower --batch-size, or in training keep it and add --accumulate 2 (4, 8, ...) or --grad-checkpointing", 2)
         if not dist.is_initialized() or "onnection" not in str(e):
             raise
         leave(f"error: another process of this job was lost ({str(e).splitlines()[0][:100]}); the last checkpoint stands, the same command continues from it", 1)
@@ -226,9 +230,8 @@ def run(main, args):
 
 def leave(line, code):
     """Print one line, from the first process of the job that has something to say, and exit."""
-    if first_to_speak():
+    if not dist.is_initialized() or first_to_speak():
         tqdm.write(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-        sys.stderr.flush()
     if dist.is_initialized():
         time.sleep(1)  # rank 0 may keep the store in which the others ask whether they are first
         os._exit(code)  # a broken process group would hang an orderly exit
@@ -237,23 +240,17 @@ def leave(line, code):
 
 def first_to_speak():
     """True for the first process of the job that asks."""
-    if not dist.is_initialized():
-        return True
     try:
         return dist.distributed_c10d._get_default_store().add("spoken", 1) == 1
     except Exception:  # the store's own process is the one that was lost
         return True
 
 
-# ---------------------------------------------------------------------------------------------------
-# Randomness: a function of (seed, step), the same on any number of processes
-# ---------------------------------------------------------------------------------------------------
+# ---- Randomness: a function of (seed, step), the same on any number of processes --------------------
 
 
 def generator(device, *key):
     """A torch.Generator whose stream depends on the integers `key` >= 0 alone, such as (seed, step)."""
-    if min(key) < 0:
-        raise UserError(f"--seed {key[0]}: must not be negative")
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -277,9 +274,7 @@ class StepRandom:
         return self.proc.rows(torch.randint(low, high, (self.batch,), **self.where))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Optimisation
-# ---------------------------------------------------------------------------------------------------
+# ---- Optimisation -----------------------------------------------------------------------------------
 
 
 class EMA:
@@ -316,9 +311,9 @@ def adamw(net, lr, betas=(0.9, 0.999)):
 
 
 class Guard:
-    """Skips updates with a non-finite gradient (which a non-finite loss on any rank brings about), on the device, and
-    remembers the first bad step. `update` needs no synchronisation: the fused optimiser itself looks at the flag. `check`
-    synchronises; it is called at every log line and before every save, so that a bad state is never saved."""
+    """Skips updates with a non-finite loss (on any rank) or gradient, on the device, and remembers the first bad step. `update`
+    needs no synchronisation: the fused optimiser itself looks at the flag. `check` synchronises; it is called at every log
+    line and before every save, so that a bad state is never saved."""
 
     def __init__(self, proc):
         self.proc, self.first = proc, torch.full((2,), 2 ** 40, device=proc.device)  # first bad step: of the loss, of the gradient
@@ -329,16 +324,14 @@ class Guard:
             norm = nn.utils.clip_grad_norm_(params, clip)
         else:  # spares a pass over the gradients
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in params if p.grad is not None])))
-        bad = torch.stack([~loss.detach().isfinite(), ~norm.isfinite()])  # norm is the same on all ranks: DDP has averaged
+        bad = self.proc.sum(torch.stack([~loss.detach().isfinite(), ~norm.isfinite()]).float()) > 0
         self.first = torch.where(bad, self.first.clamp(max=step), self.first)
-        opt.grad_scale, opt.found_inf = None, bad[1].float()  # fused AdamW leaves everything as it is where found_inf is 1
+        opt.grad_scale, opt.found_inf = None, bad.any().float()  # fused AdamW leaves everything as it is where found_inf is 1
         opt.step()
         opt.zero_grad(set_to_none=True)
         return norm
 
     def check(self, out):
-        if self.proc.world > 1:
-            dist.all_reduce(self.first, op=dist.ReduceOp.MIN)
         step, where = self.first.min(0)
         if step < 2 ** 40:
             last = Path(out) / "last.pt"
@@ -346,13 +339,7 @@ class Guard:
             raise UserError(f"step {int(step) + 1}: the {('loss', 'gradient')[int(where)]} is not finite; {kept}. Look at the data, or lower --lr")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Signals, progress
-# ---------------------------------------------------------------------------------------------------
-
-
-def flag(key):
-    return "--" + key.replace("_", "-")
+# ---- Signals, progress ------------------------------------------------------------------------------
 
 
 def write_text(path, text):
@@ -360,6 +347,18 @@ def write_text(path, text):
     temporary = Path(path).with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def lock(folder):
+    """An open file: until it is closed, or this process ends, no other process may write into the folder. Raises UserError when another does."""
+    file = open(folder / ".lock", "w")
+    with suppress(ImportError, OSError):  # not on Windows, nor on every file system
+        import fcntl
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another process is writing into {folder}; wait for it, or choose another --out")
+    return file
 
 
 class Stop:
@@ -406,6 +405,7 @@ class Log:
         self.path = Path(args.out) / "log.jsonl"
         self.bar = bar(proc, steps, name, start)
         if proc.main:  # what an interrupted run did after its last checkpoint is done again, and logged again
+            self.lock = lock(self.path.parent)
             lines = [l for l in self.path.read_text().splitlines() if l.endswith("}")]
             write_text(self.path, "".join(l + "\n" for l in lines if json.loads(l)["step"] <= start))
 
@@ -436,6 +436,7 @@ class Log:
 
     def close(self):
         self.bar.close()
+        self.lock = None
 
 
 def bar(proc, total, desc, initial=0, quiet=False):

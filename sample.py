@@ -32,7 +32,7 @@ def main(args):
         raise UserError(f"--out {out}: must end in .png (a grid) or .npz (arrays)")
     if args.compare and out.suffix != ".png":
         raise UserError("--compare draws a grid: give --out a name ending in .png")
-    blocks, vae, prompts = [], None, None
+    blocks, shape, vae, prompts = [], None, None, None
     if args.prompts:
         try:
             prompts, null = data.load_prompts(args.prompts)
@@ -40,6 +40,9 @@ def main(args):
             raise UserError(f"--prompts {args.prompts}: cannot be read ({e}); make it with python data.py encode --prompts")
     for ckpt in [args.ckpt] + ([args.compare] if args.compare else []):
         net, info = checkpoints.load_model(ckpt, args.model, args.image_size)
+        shape = shape or net.sample_shape
+        if net.sample_shape != shape:
+            raise UserError(f"--compare {ckpt}: makes {net.sample_shape}, {args.ckpt} {shape}; only samples of one shape can be compared")
         labels, latent = info["classes"] if prompts is None else len(prompts), info["scale"] is not None
         if args.label is not None and not 0 <= args.label < labels:
             raise UserError(f"--label {args.label}: must lie between 0 and {labels - 1}")
@@ -78,6 +81,7 @@ def main(args):
                     np.savez(f, x if raw else x.transpose(0, 2, 3, 1), y)
                 os.replace(out.with_suffix(".tmp"), out)
         except OSError as e:
+            out.with_suffix(".tmp").unlink(missing_ok=True)
             raise UserError(f"--out {out}: cannot write ({e.strerror or e}); choose another place")
         if raw:
             say(proc, f"arr_0 are latents divided by {info['scale']}; --decode stabilityai/sd-vae-ft-ema (for DiT) makes images of them")
@@ -99,7 +103,7 @@ def parser():
     p.add_argument("--label", type=int, help="one class, or one of the prompts; default: all in turn")
     p.add_argument("--prompts", help="for a model conditioned on text: a folder made by python data.py encode --prompts")
     p.add_argument("--decode", help="the autoencoder that makes images of latents: a folder, or a name on huggingface.co")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=runtime.seed, default=0)
     p.add_argument("--amp", choices=["auto", "bf16", "off"], default="auto")
     p.add_argument("--out", default="samples.png")
     return p

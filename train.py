@@ -34,7 +34,7 @@ from solvers import EDM, add_noise, column, from_x0_eps, make_schedule, schedule
 
 
 def diffusion_loss(net, schedule, x0, y, t, noise, prediction="eps"):
-    """Clean x0 (B, C, H, W), labels y (B,), timesteps t (B,) as training_times draws them, noise like x0 -> (loss, {"mse", "vb"}).
+    """Clean x0 (B, C, H, W), labels y (B,), timesteps t (B,) as training_times draws them, noise like x0 -> (loss, {"mse", "vb"} where a variance is learned).
 
     net(x_t, t, y) gives (B, C, H, W), or (B, 2C, H, W) when it learns its variance. vb is in bits per dimension.
     EDM's loss is (t^2 + 0.5^2) / (0.5 t)^2 |D - x0|^2 (Karras et al., Eq. 8): that weight times c_out^2 is 1, so it is |F - target|^2.
@@ -51,9 +51,10 @@ def diffusion_loss(net, schedule, x0, y, t, noise, prediction="eps"):
 
 def variational_bound(schedule, x0, x_t, t, out, sigma_head, prediction):
     """KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), at t = 0 -log p(x0 | x_1) of 8-bit data; bits per dimension, (B,)."""
-    def posterior_mean(x0):                                                   # of q(x_{t-1} | x_t, x0), DDPM's Eq. 7
-        beta, sigma, (alpha_u, sigma_u) = column(schedule.beta[t], x0), schedule.at(t, x0)[1], schedule.at(t - 1, x0)
-        return alpha_u * beta / sigma ** 2 * x0 + (1 - beta).sqrt() * (sigma_u / sigma) ** 2 * x_t
+    def posterior_mean(clean):                                                # of q(x_{t-1} | x_t, clean), DDPM's Eq. 7
+        beta, sigma = column(schedule.beta[t], clean), schedule.at(t, clean)[1]
+        alpha_u, sigma_u = schedule.at(t - 1, clean)
+        return alpha_u * beta / sigma ** 2 * clean + (1 - beta).sqrt() * (sigma_u / sigma) ** 2 * x_t
 
     log_beta, logvar_q = (column(v[t], x0) for v in (schedule.beta.log(), schedule.post_logvar))
     share = (sigma_head + 1) / 2                                              # the head interpolates the log variance
@@ -85,10 +86,9 @@ def main(args, objective=diffusion_loss, method="train"):
     proc.check_batch(args.batch_size, args.accumulate)
 
     # Setup data and network:
-    dataset = data.load(args.data, args.image_size or 256, args.classes)
-    if args.ckpt:
-        info = checkpoints.describe(args.ckpt, args.model, args.image_size)
-    else:
+    info = describe_base(args) if args.ckpt else None
+    dataset = data.load(args.data, info["arch"]["input_size"] if info else args.image_size or 256, args.classes)
+    if not info:
         latent, flow = dataset.scale is not None, args.schedule == "interpolant" or args.model.startswith("SiT")
         arch = models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes, learn_sigma=latent and not flow and objective is diffusion_loss)
         edm = arch["net"] == "DDPM++"
@@ -126,7 +126,8 @@ def main(args, objective=diffusion_loss, method="train"):
         ema.load(state["ema"])
         del state
 
-    info["null"], null = dataset.null if dataset.text else None, dataset.null.to(proc.device) if dataset.text else info["classes"]  # what guidance starts from
+    info["null"] = dataset.null if dataset.text else None  # what guidance starts from, with captions
+    null = info["classes"] if info["null"] is None else info["null"].to(proc.device)
     denoise, guard, stop = proc.mixed(student), Guard(proc), Stop(proc, args)
     log = Log(args, proc, start, args.steps, method, cost(args, info, units))
     stream = data.batches(dataset, proc, args.seed, args.batch_size, start)
@@ -216,8 +217,7 @@ def describe_base(args, prediction="eps"):
         return {**checkpoints.DIT_DEFAULTS, **made, **more}
     remote = args.ckpt is None or "://" in args.ckpt
     if remote and args.ckpt and not args.dry_run:
-        args.ckpt = str(checkpoints.fetch(args.ckpt, runtime.CACHE, check=lambda path: checkpoints.load_model(path, args.model, args.image_size)))
-        remote = False
+        args.ckpt, remote = str(checkpoints.local(args.ckpt, args.model, args.image_size)), False
     return checkpoints.describe(None if remote else args.ckpt, args.model, args.image_size)
 
 
@@ -242,18 +242,21 @@ def fill(args, info, preset):
     for key, value in {"cfg": info["cfg"], **preset}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every", "save_minutes")
+    runtime.check_positive(args)
     if not math.isfinite(args.cfg):
         raise UserError(f"--cfg {args.cfg}: must be a number")
     if args.eval_samples and (not is_digits(info) or args.eval_samples < 2):
         raise UserError(f"--eval-samples {args.eval_samples}: at least 2, and only for the digits; else 0, and fid.py measures what sample.py makes")
-    check_pool(args)
+    check_data(args)
 
 
-def check_pool(args):
-    """How many samples --data synthetic:STEPS will make -> args.pool."""
-    if args.data and args.data.startswith("synthetic") and not (args.data[10:].isdigit() and int(args.data[10:])):
-        raise UserError(f"--data {args.data}: say how many steps the samples take, as in synthetic:10")
+def check_data(args):
+    """Is --data something? And how many samples will synthetic:STEPS make -> args.pool. Raises UserError."""
+    synthetic = (args.data or "").startswith("synthetic")
+    if synthetic and not (args.data[10:].isdecimal() and 0 < int(args.data[10:]) <= 1000):
+        raise UserError(f"--data {args.data}: say how many steps the samples take, 1 to 1000, as in synthetic:10")
+    if args.data and not synthetic and not args.dry_run:
+        data.check_name(args.data)
     args.pool = min(POOL, args.steps * args.batch_size)
 
 
@@ -285,8 +288,10 @@ def measure(args, proc, method, seconds, entries, **more):
 
 def measured(args):
     """Has this finished run its metrics.json, with as many samples as asked for now?"""
-    path = Path(args.out) / "metrics.json"
-    return path.exists() and json.loads(path.read_text())["samples"] == args.eval_samples
+    try:
+        return json.loads((Path(args.out) / "metrics.json").read_text())["samples"] == args.eval_samples
+    except (OSError, ValueError, KeyError):  # none yet, or a damaged one
+        return False
 
 
 def report(args, proc):
@@ -319,9 +324,9 @@ def self_preset(info):
 
 def self_grid(args, info, schedule):
     """The nodes of --nfe steps, and how many pairs of neighbours they have: a progressively distilled model keeps its own; the clean end (-1) is no time."""
-    own = args.grid is None and (isinstance(info["grid"], str) or info["grid"] and info["nfe"] == args.nfe)
-    grid = solver_grid(schedule, "ddim", args.nfe, info["grid"]) if own else schedule_grid(schedule, args.grid, args.nfe)
-    return grid, args.nfe - (grid[-1] == -1)
+    fits = isinstance(info["grid"], str) or info["grid"] and info["nfe"] == args.nfe
+    grid = solver_grid(schedule, "ddim", args.nfe, info["grid"]) if fits and args.grid is None else schedule_grid(schedule, args.grid, args.nfe)
+    return grid, args.nfe - 1 if grid[-1] == -1 else args.nfe
 
 
 def self_checks(args, info, pairs):
@@ -399,11 +404,13 @@ DIGITS = dict(steps=2000, batch_size=96, lr=3e-3, warmup=100, decay="cosine", em
 
 
 def fill_defaults(args):
-    args.model = args.model or (checkpoints.describe(args.ckpt)["name"] if args.ckpt else "DiT-Ti/2")
+    args.model = args.model or (describe_base(args)["name"] if args.ckpt else "DiT-Ti/2")
     for key, value in (DIGITS if args.data == "digits" else PAPER_EDM if args.model.startswith("DDPM++") else PAPER).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    runtime.check_positive(args, "steps", "batch_size", "lr", "log_every", "save_every", "save_minutes")
+    runtime.check_positive(args)
+    if not 0 <= args.ema < 1 or not all(0 <= v < math.inf for v in (args.clip, args.warmup, args.label_std)):
+        raise UserError("--ema must lie between 0 and 1; --clip, --warmup and --label-std must not be negative")
 
 
 def parser():
@@ -412,7 +419,7 @@ def parser():
     p.add_argument("--ckpt", help="start from these weights instead of random ones")
     p.add_argument("--data", default="digits", help="digits, mnist, fashion-mnist, cifar10, a folder of images or of cached latents")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
-    p.add_argument("--image-size", type=int, help="of image folders (default 256) and upstream checkpoints")
+    p.add_argument("--image-size", type=int, help="of image folders (default 256, or --ckpt's) and upstream checkpoints")
     p.add_argument("--prediction", choices=["eps", "x0", "v", "velocity"], help="default eps, or what --ckpt predicts")
     p.add_argument("--schedule", choices=["linear", "cosine", "ldm", "sd", "interpolant"], help="default linear, or that of --ckpt")
     p.add_argument("--steps", type=int)

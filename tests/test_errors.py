@@ -1,14 +1,16 @@
 """Bad input ends with one line that says what and how to mend it, exit code 2, and nothing lost."""
 import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, torchrun
+from conftest import ROOT, checkpoint, inside, torchrun
 from PIL import Image
 
+import data
 import ddil
 import dsd
 import encode
@@ -128,7 +130,7 @@ def test_arguments(fails, ckpt):
     assert "between 1 and" in fails("sample", "--ckpt", ckpt, "--nfe", 0)
     assert "goes with --schedule interpolant" in fails("train", "--prediction", "velocity")
     assert "no released weights for DiT-S/2" in fails("issd", "--model", "DiT-S/2")
-    assert "must not be negative" in fails("sample", "--ckpt", ckpt, "--seed", -1)
+    assert "must lie between" in fails("sample", "--ckpt", ckpt, "--seed", -1)
     assert not os.path.exists("out")
 
 
@@ -176,6 +178,68 @@ def test_data(fails, tmp_path, ckpt, tiny):
     assert "bad.png: cannot be read" in message
 
 
+def test_image_folders(fails, tmp_path, ckpt, tiny):
+    """Hidden folders are no classes; what would be left out without a word is refused."""
+    for k in "ab":
+        (tmp_path / "set" / k / ".thumbnails").mkdir(parents=True)
+        for name in ("0.png", "._0.png", ".thumbnails/1.png"):
+            Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "set" / k / name)
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        (tmp_path / "set" / name).mkdir()
+    found = data.load(str(tmp_path / "set"), 8)
+    assert found.classes == 2 and [(f.as_posix()[-7:], k) for f, k in found.files] == [("a/0.png", 0), ("b/0.png", 1)]
+    assert len(data.image_files(tmp_path / "set")) == 2
+    call = lambda *words: fails("train", "--data", "set", "--steps", 2, "--batch-size", 4, *words)
+    assert "--image-size 0: must be positive" in call("--image-size", 0) and "--image-size -8" in call("--image-size", -8)
+    assert "--classes 0: must be positive" in call("--classes", 0)
+    (tmp_path / "set" / "c").mkdir()
+    assert "set/c: no images there" in call()
+    (tmp_path / "set" / "c").rmdir()
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "set" / "loose.png")
+    assert "loose.png lies beside folders, which are classes" in call()
+
+
+def test_numbers_out_of_range(fails, ckpt, tmp_path):
+    for words in (("--ema", 2), ("--ema", "nan"), ("--ema", -1), ("--clip", -1), ("--clip", "nan"), ("--warmup", -3), ("--label-std", -1)):
+        assert "--ema must lie between 0 and 1" in fails("train", *words)
+    assert "must lie between 0 and 2^63 - 1" in fails("train", "--seed", 10 ** 22)
+    for name in ("synthetic:²", "synthetic:0", "synthetic:2000"):
+        assert "1 to 1000, as in synthetic:10" in fails("issd", *quick(ckpt), "--data", name)
+    assert "neither a known set" in fails("issd", *quick(ckpt), "--data", "")
+    assert not list(tmp_path.glob("*/last.pt"))
+
+
+def test_out_of_memory_is_one_line(fails, ckpt, monkeypatch):
+    for error in (MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
+        def loss(*_, error=error):
+            raise error
+        monkeypatch.setattr(issd, "issd_loss", loss)
+        assert "out of memory; lower --batch-size" in fails("issd", *quick(ckpt, f"out{type(error).__name__}"))
+
+
+def test_what_is_left_in_the_output_folder(fails, tmp_path, ckpt, capsys):
+    call = lambda *more: inside("issd.py", "--ckpt", ckpt, "--steps", 2, "--batch-size", 4, "--out", tmp_path / "a", *more)
+    assert "after issd" in call("--eval-samples", 10)
+    for text in ("", "{}"):                               # a damaged metrics.json is made again
+        (tmp_path / "a" / "metrics.json").write_text(text)
+        assert "after issd" in call("--eval-samples", 10)
+    (tmp_path / "a" / "last.pt").unlink()
+    capsys.readouterr()
+    assert "continued is left of a run that is no more" in fails("issd", *quick(ckpt, tmp_path / "a"), "--lr", 1e-4)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_two_commands_in_one_folder(fails, tmp_path, ckpt):
+    held = subprocess.Popen([sys.executable, "-c", "import pathlib, runtime; f = runtime.lock(pathlib.Path('.')); print(1, flush=True); input()"], cwd=tmp_path,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    held.stdout.readline()
+    assert "another process is writing into" in fails("issd", *quick(ckpt, tmp_path))
+    held.communicate(b"\n")
+    assert not (tmp_path / "last.pt").exists()
+    inside("issd.py", *quick(ckpt, tmp_path))
+    assert (tmp_path / "last.pt").exists()
+
+
 def latents(folder, x, y, classes=10, scale=None):
     import json
     folder.mkdir()
@@ -189,7 +253,13 @@ def test_latents(fails, tmp_path, ckpt):
     x = np.random.default_rng(0).normal(size=(8, 1, 1, 1, 8, 8)).astype(np.float32)
     assert "label 10 is out of range" in fails("issd", *quick(ckpt), "--data", latents(tmp_path / "a", x, np.full(8, 10)))
     assert "label -1 is out of range" in fails("issd", *quick(ckpt), "--data", latents(tmp_path / "d", x, np.full(8, -1)))
-    assert "want (N, F, S, C, H, W)" in fails("issd", *quick(ckpt), "--data", latents(tmp_path / "b", x[:, 0], np.zeros(8, int)))
+    assert "want floats (N, 1 or 2, 1 or 2, C, H, W)" in fails("issd", *quick(ckpt), "--data", latents(tmp_path / "b", x[:, 0], np.zeros(8, int)))
+    bad = lambda name, x=x, y=np.zeros(8, int), **meta: fails("issd", *quick(ckpt), "--data", latents(tmp_path / name, x, y, **meta))
+    assert "labels.npy <U1" in bad("e", y=np.array(list("abcdefgh"))) and "labels.npy int64 (8, 1)" in bad("f", y=np.zeros((8, 1), int))
+    assert "complex64" in bad("g", x=x.astype(np.complex64)) and "float64 (8,)" in bad("h", y=np.zeros(8) + 0.7)
+    assert "(8, 1, 3, 1, 8, 8)" in bad("i", x=x.repeat(3, 2)) and "cannot be read" in bad("j", classes=None) and "cannot be read" in bad("k", scale="big")
+    np.savez(tmp_path / "tall.npz", np.zeros((3, 8, 6, 1), np.uint8))
+    assert "want uint8 (N, H, H, C)" in fails("train", "--data", "tall.npz")
     x[:, 0, 0, 0, 0, 0] = np.nan
     assert "is not finite" in fails("issd", *quick(ckpt), "--data", latents(tmp_path / "c", x, np.zeros(8, int)))
     (tmp_path / "c" / "labels.npy").write_bytes(b"x")
@@ -242,6 +312,8 @@ def test_output_folder(fails, tmp_path, ckpt):
     assert "cannot write there" in fails("issd", *quick(ckpt, "/proc/nothing"))
     assert "cannot write" in fails("sample", "--ckpt", ckpt, "--out", "/proc/x.png")
     assert "must end in .png" in fails("sample", "--ckpt", ckpt, "--out", "x.jpg")
+    torch.save(checkpoint(models.fill_random(models.build(models.make_arch("DiT-Ti/2", 4, 1, 10, False)))), tmp_path / "small.pt")
+    assert "only samples of one shape can be compared" in fails("sample", "--ckpt", ckpt, "--compare", tmp_path / "small.pt", "--nfe", 2)
     assert "--label 10" in fails("sample", "--ckpt", ckpt, "--label", 10)
     assert "--num-samples" in fails("sample", "--ckpt", ckpt, "--num", 0)
     (tmp_path / "full").mkdir()

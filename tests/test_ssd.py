@@ -129,7 +129,7 @@ def test_presets_are_the_papers():
     a = chosen("--model", "SiT-XL/2-REPA", "--nfe", "250")
     assert (a.lam, a.interval, a.teacher) == (1.0, 0.005, "ema")
     assert chosen("--model", "SiT-XL/2-REPA", "--nfe", "10", "--interval", "0.1").teacher == "fixed" and chosen("--model", "SiT-XL/2-REPA", "--nfe", "200").teacher == "ema"
-    a = chosen("--model", "SD-v1.5", "--data", "somewhere")
+    a = chosen("--model", "SD-v1.5", "--data", "somewhere.npz")
     assert (a.lam, a.lr, a.batch_size, a.steps, a.cfg, a.text_cfg) == (0.30, 1e-6, 96, 4000, 7.5, [5.0, 15.0])
 
 
