@@ -1,7 +1,7 @@
 """Samples from any checkpoint, as it was trained to be sampled.
 
     python sample.py --ckpt runs/issd/last.pt                              40 samples -> samples.png
-    python sample.py --ckpt A.pt --compare B.pt                            two models on the same noise, one below the other
+    python sample.py --compare A.pt B.pt                                   two models on the same noise, one below the other
     python sample.py --ckpt X.pt --solver plms --nfe 20                    another solver; --nfe are evaluations of the network
     python sample.py --ckpt X.pt --num-samples 2000 --out samples.npz      arr_0 uint8 NHWC, arr_1 labels, as ADM's evaluator reads them
     torchrun --nproc_per_node 8 sample.py --ckpt X.pt --num-samples 50000 --out samples.npz
@@ -38,11 +38,12 @@ def main(args):
             prompts, null = data.load_prompts(args.prompts)
         except (OSError, ValueError, EOFError) as e:
             raise UserError(f"--prompts {args.prompts}: cannot be read ({e}); make it with python data.py encode --prompts")
-    for ckpt in [args.ckpt] + ([args.compare] if args.compare else []):
+    ckpts = args.compare or [args.ckpt]
+    for ckpt in ckpts:
         net, info = checkpoints.load_model(ckpt, args.model, args.image_size)
         shape = shape or net.sample_shape
         if net.sample_shape != shape:
-            raise UserError(f"--compare {ckpt}: makes {net.sample_shape}, {args.ckpt} {shape}; only samples of one shape can be compared")
+            raise UserError(f"--compare {' '.join(ckpts)}: the first makes {shape}, the second {net.sample_shape}; only samples of one shape can be compared")
         labels, latent = info["classes"] if prompts is None else len(prompts), info["scale"] is not None
         if args.label is not None and not 0 <= args.label < labels:
             raise UserError(f"--label {args.label}: must lie between 0 and {labels - 1}")
@@ -85,13 +86,14 @@ def main(args):
             raise UserError(f"--out {out}: cannot write ({e.strerror or e}); choose another place")
         if raw:
             say(proc, f"arr_0 are latents divided by {info['scale']}; --decode stabilityai/sd-vae-ft-ema (for DiT) makes images of them")
-        say(proc, f"{out}: {args.num_samples} samples of {' and '.join([args.ckpt] + ([args.compare] if args.compare else []))}")
+        say(proc, f"{out}: {args.num_samples} samples of {' and '.join(ckpts)}")
 
 
 def parser():
     p = runtime.Parser(prog="sample.py", description=__doc__, formatter_class=runtime.Raw)
-    p.add_argument("--ckpt", required=True)
-    p.add_argument("--compare", help="a second checkpoint, drawn below the first")
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--ckpt", help="a checkpoint's path or URL, ours or upstream's")
+    which.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two checkpoints, on the same noise: B is drawn below A")
     p.add_argument("--model", help="DiT-XL/2, ...: for files that do not say what they are")
     p.add_argument("--image-size", type=int, choices=[256, 512])
     p.add_argument("--num-samples", type=int, default=40)

@@ -416,7 +416,7 @@ def fill_defaults(args):
 def parser():
     p = runtime.Parser(prog="train.py", description=__doc__, formatter_class=runtime.Raw)
     p.add_argument("--model", help="DiT- or SiT-{Na,Ti,XS,S,B,L,XL}/{1,2,4,8}, LDM-..., DDPM++-{32,64,96,128,t,16x1,...}; default DiT-Ti/2")
-    p.add_argument("--ckpt", help="start from these weights instead of random ones")
+    p.add_argument("--ckpt", help="start from these weights, a path or URL, instead of random ones")
     p.add_argument("--data", default="digits", help="digits, mnist, fashion-mnist, cifar10, a folder of images or of cached latents")
     p.add_argument("--classes", type=int, help="number of classes, where the data does not tell")
     p.add_argument("--image-size", type=int, help="of image folders (default 256, or --ckpt's) and upstream checkpoints")

@@ -282,7 +282,7 @@ def test_latents_are_decoded(extra, capsys, monkeypatch):
         assert f["arr_0"].shape == (6, 4, 8, 8) and g["arr_0"].shape == (6, 16, 16, 3) and g["arr_0"].dtype == np.uint8 and g["arr_1"].tolist() == f["arr_1"].tolist()
         want = data.to_uint8(torch.from_numpy(f["arr_0"][:, :3])).numpy().transpose(0, 2, 3, 1).repeat(2, 1).repeat(2, 2)
         np.testing.assert_array_equal(g["arr_0"], want)
-    call("--decode", "sd", "--out", "x.png", "--compare", "x.pt")
+    sample.main(sample.parser().parse_args("--compare x.pt x.pt --num-samples 6 --decode sd --out x.png".split()))
     assert Image.open("x.png").size[0] == 6 * 36 + 4
     (extra / "p.txt").write_text("a")
     make("--prompts", "p.txt", "--text-encoder", "sd", "--out", "p")

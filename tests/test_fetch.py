@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import checkpoint, script, torchrun
+from conftest import checkpoint, inside, script, torchrun
 
 import checkpoints
 import data
@@ -215,3 +215,11 @@ def test_the_command_fetches_its_base_model(server, tmp_path, tiny):
     torchrun(2, "issd.py", "--ckpt", server, "--steps", 2, "--batch-size", 4, "--eval-samples", 0, "--out", tmp_path / "out",
              env={"MINDISTILL_CACHE": str(tmp_path / "cache")})
     assert next((tmp_path / "cache").rglob("x.pt")).read_bytes() == Server.body and (tmp_path / "out" / "last.pt").exists()
+
+
+def test_every_script_takes_a_url(server, tmp_path, ckpt, monkeypatch):
+    monkeypatch.setattr(checkpoints, "CACHE", tmp_path / "cache")
+    Server.body = open(ckpt, "rb").read()
+    inside("sample.py", "--ckpt", server, "--num-samples", 2, "--nfe", 2, "--out", tmp_path / "x.npz")
+    inside("train.py", "--ckpt", server, "--steps", 1, "--batch-size", 4, "--out", tmp_path / "t")
+    assert (tmp_path / "x.npz").exists() and (tmp_path / "t" / "last.pt").exists() and len(Server.seen) == 2  # a look and a fetch, once

@@ -148,7 +148,7 @@ def test_training_objectives_run_and_are_sampled(tmp_path):
         out = tmp_path / prediction
         inside("train.py", "--prediction", prediction, "--schedule", schedule, "--steps", 12, "--batch-size", 8, "--log-every", 4, "--out", out)
         assert len(losses(out)) == 3 and min(losses(out)) > 0
-        inside("sample.py", "--ckpt", out / "last.pt", "--compare", out / "last.pt", "--nfe", 5, "--out", out / "x.png")
+        inside("sample.py", "--compare", out / "last.pt", out / "last.pt", "--nfe", 5, "--out", out / "x.png")
         assert (out / "x.png").exists()
 
 
