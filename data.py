@@ -44,9 +44,6 @@ class Pixels:
     def __len__(self):
         return len(self.x)
 
-    def names(self):
-        return [f"{self.name}/{i}" for i in range(len(self))]
-
     def rows(self, index, flip, rng):
         if self.x.device != rng.g.device:
             self.x, self.y = self.x.to(rng.g.device), self.y.to(rng.g.device)
@@ -76,7 +73,7 @@ class ImageFolder(torch.utils.data.Dataset):
     scale, text, workers, flip = None, None, 4, True
 
     def __init__(self, root, size):
-        self.root, self.name, self.size, self.shape = Path(root), str(root), size, (3, size, size)
+        self.name, self.size, self.shape = str(root), size, (3, size, size)
         _, folders, beside = next(walk(root))
         if folders and beside:
             raise UserError(f"--data {root}: {beside[0]} lies beside folders, which are classes; move it into one, or away")
@@ -84,9 +81,6 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.files)
-
-    def names(self):
-        return [f.relative_to(self.root).as_posix() for f, _ in self.files]
 
     def __getitem__(self, item):
         index, flip = item
@@ -109,8 +103,7 @@ class Latents(torch.utils.data.Dataset):
     workers, flip = 2, True
 
     def __init__(self, root):
-        root = Path(root)
-        self.name = str(root)
+        root, self.name = Path(root), str(root)
         try:
             self.x, self.y = np.load(root / "latents.npy", mmap_mode="r"), np.load(root / "labels.npy")
             meta = json.loads((root / "meta.json").read_text())
@@ -197,9 +190,7 @@ def check_name(name):
 
 def load(name, image_size=256, classes=None):
     """--data NAME: digits, mnist, fashion-mnist, cifar10, a folder of images, an .npz of them as sample.py writes it, or a folder of cached latents.
-
-    classes: more classes than the data shows; data without labels has none. Raises UserError.
-    """
+    classes: more classes than the data shows; data without labels has none. Raises UserError."""
     check_name(name)
     if name == "digits":
         data = digits()

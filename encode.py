@@ -122,6 +122,13 @@ def encoded(proc, items, batch, workers, encode, desc):
     return produce
 
 
+def names_of(data):
+    """What the images of a set are called in prompts and caches."""
+    if isinstance(data, ImageFolder):
+        return [f.relative_to(data.name).as_posix() for f, _ in data.files]
+    return [f"{data.name}/{i}" for i in range(len(data))]
+
+
 def read_prompts(path, data=None):
     """--prompts FILE -> (texts to embed, for every image of data the index of its own).
 
@@ -142,7 +149,7 @@ def read_prompts(path, data=None):
         return texts, []
     if not table or not isinstance(data, ImageFolder):
         raise UserError(f'--prompts {path}: captions go with a folder of images, and stand in a .jsonl file with lines of {{"file": ..., "text": ...}}')
-    captions, names = dict(zip(files, texts)), data.names()
+    captions, names = dict(zip(files, texts)), names_of(data)
     if len(captions) < len(files):
         raise UserError(f"--prompts {path}: names a file twice; an image has one caption")
     for name in names:
@@ -161,7 +168,7 @@ def main(args):
     data = load(args.data, args.image_size or 256) if args.data else None
     if isinstance(data, Latents):
         raise UserError(f"--data {args.data} holds latents already")
-    size, names = (args.image_size or data.shape[-1], data.names()) if data else (None, [])
+    size, names = (args.image_size or data.shape[-1], names_of(data)) if data else (None, [])
     texts, labels = read_prompts(args.prompts, data) if args.prompts else ([], labels_of(data).tolist())
     asked = {"vae": args.vae if data else None, "image_size": size, "scale": args.scale, "text_encoder": args.text_encoder if texts else None,
              "amp": "bf16" if proc.bf16 else "off"}

@@ -121,16 +121,16 @@ def main(args):
             return train.report(args, proc)
 
     # Setup data; without any, the base model's own samples (the paper's Table 8):
-    base_out, student_out, teacher_out = proc.mixed(base), proc.mixed(student), proc.mixed(average or base)
-    dataset, source = train.training_data(args, base_out, base_info, proc)
+    base_net, student_net, teacher_net = proc.mixed(base), proc.mixed(student), proc.mixed(average or base)
+    dataset, source = train.training_data(args, base_net, base_info, proc)
     if dataset.text:
         info["null"], null = dataset.null, dataset.null.to(proc.device)
-    guided = guide(teacher_out, args.cfg) if args.guided == "step" else None
+    guided = guide(teacher_net, args.cfg) if args.guided == "step" else None
     if args.guided == "all":
-        student_out, teacher_out = guide(student_out, args.cfg), guide(teacher_out, args.cfg)
+        student_net, teacher_net = guide(student_net, args.cfg), guide(teacher_net, args.cfg)
 
     nodes = torch.tensor(grid, device=proc.device)
-    first, end = (args.only_step - 1, args.only_step) if args.only_step else (0, pairs)
+    first, end = (args.only_step - 1, args.only_step) if args.only_step else (0, pairs)  # nodes count from 0, --only-step from 1
     guard, stop = Guard(proc), Stop(proc, args)
     log = Log(args, proc, start, args.steps, "ssd", train.cost(args, info, units(args, info)))
     stream = data.batches(dataset, proc, args.seed, args.batch_size, start)
@@ -147,10 +147,10 @@ def main(args):
         noise = rng.normal(x0.shape[1:])
         if dataset.text:
             cfg = args.text_cfg[0] + (args.text_cfg[1] - args.text_cfg[0]) * rng.uniform()
-            loss_of = lambda x0, y, s, t, noise, cfg: ssd_text_loss(student_out, teacher_out, schedule, x0, y, null, s, t, noise, args.lam, cfg, pred, project)[0]
+            loss_of = lambda x0, y, s, t, noise, cfg: ssd_text_loss(student_net, teacher_net, schedule, x0, y, null, s, t, noise, args.lam, cfg, pred, project)[0]
         else:
             y, cfg = torch.where(dropped, info["classes"], y), None  # important! once per sample, so that all forwards agree
-            loss_of = lambda x0, y, s, t, noise, _: ssd_loss(student_out, teacher_out, schedule, x0, y, s, t, noise, args.lam, pred, guided, project)[0]
+            loss_of = lambda x0, y, s, t, noise, _: ssd_loss(student_net, teacher_net, schedule, x0, y, s, t, noise, args.lam, pred, guided, project)[0]
         loss = proc.backward(student, loss_of, args.accumulate, x0, y, s, t, noise, cfg)
         guard.update(opt, loss, step)
         if average:
@@ -169,7 +169,7 @@ def main(args):
     stop.restore()
 
     # Measure before, after and the controls on the same noise and labels:
-    entries = train.self_entries(args, proc, base_out, proc.mixed(net.eval()), info, source) if args.eval_samples else {}
+    entries = train.self_entries(args, proc, base_net, proc.mixed(net.eval()), info, source) if args.eval_samples else {}
     train.measure(args, proc, "ssd", time.perf_counter() - began, entries, lam=args.lam)
 
 
