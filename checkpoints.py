@@ -393,11 +393,14 @@ def local(path, name=None, image_size=None):
 
 # ---- A run's own file -------------------------------------------------------------------------------
 
-NOT_COMPARED = {"out", "resume", "log_every", "save_every", "eval_samples", "dry_run", "compile", "accumulate", "grad_checkpointing", "save_minutes"}  # may change between launches
+NOT_COMPARED = {"out", "resume", "log_every", "save_every", "eval_samples", "dry_run", "compile", "accumulate", "grad_checkpointing", "save_minutes",  # may change between launches
+                "pool", "betas"}  # follow from what is compared
 
 
 def prepare(args, proc):
     """Make --out; return the checkpoint to continue from, or None. Its arguments must be these arguments."""
+    if not args.out:
+        raise UserError("--out is empty; name a folder")
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

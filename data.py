@@ -198,8 +198,8 @@ def load(name, image_size=256, classes=None):
         import torchvision
         try:
             raw = local_first(lambda: getattr(torchvision.datasets, TORCHVISION[name])(CACHE / "data", train=True, download=True))
-        except Exception as e:  # urllib's, torchvision's own RuntimeError, zipfile's, ...
-            raise UserError(f"--data {name}: torchvision cannot fetch it into {CACHE / 'data'} ({e}); put its files there yourself")
+        except Exception as e:  # urllib's, torchvision's own RuntimeError of several lines, zipfile's, ...
+            raise UserError(f"--data {name}: torchvision cannot fetch it into {CACHE / 'data'} ({' '.join(str(e).split())}); put its files there yourself")
         x = np.asarray(raw.data)
         data = Pixels(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2), raw.targets, 10, flip=name == "cifar10", name=name)
     elif Path(name, "latents.npy").exists():

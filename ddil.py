@@ -230,7 +230,7 @@ def main(args):
         p, beta = (0, 0) if kind == "w" else (args.dagger[phase], args.beta[phase])
         first = 1 if kind == "pd" and len(nodes) > 2 else 0  # noise itself is kept where it is all there is, or LCM's and DMD2's student starts from it
         kept = nodes[first:-1] if p else []
-        if p and (local - phase * switch) % max(1, round(args.reuse[phase] * len(kept) / p)) == 0:
+        if p and (local - phase * switch) % max(1, round(args.reuse[phase] * len(kept) / max(p, 1e-6))) == 0:
             rng = StepRandom(proc, (args.seed << 8) + 2, step, B)
             cond = condition(rng, rng.integers(0, dataset.classes) if dataset.classes else torch.full_like(rng.integers(0, 1), K))
             z = collect(proc.mixed(net), teacher_out, schedule, kind, grid, nodes, cond, rng, beta, shape, pred, project)[first:]  # (node, sample, ...)
@@ -294,18 +294,18 @@ def main(args):
     # Measure before, after and the controls on the same noise and labels, all of them thresholded alike:
     entries = {}
     if args.eval_samples:
-        say(proc, f"the control: the ordinary loss for {args.steps} more steps")
-        control = proc.mixed(proc.frozen(train.continued(args, source)))
         before = proc.mixed(proc.frozen(checkpoints.load_model(args.ckpt)[0]))
         at = lambda net, nodes: (net, {**base_info, "threshold": args.threshold, "grid": nodes, "nfe": len(nodes) - 1}, len(nodes) - 1, args.cfg)
         halvings = [s for s in stages if s["nodes"]]
         first, last = halvings[0]["grid"], halvings[-1]["nodes"]
-        entries = {"before": at(before, last), f"before, {len(first) - 1} steps": at(before, first), "continued training": at(control, last)}
+        entries = {"before": at(before, last), f"before, {len(first) - 1} steps": at(before, first)}
+        if not info["arch"].get("guidance"):  # whose input the ordinary loss does not know
+            say(proc, f"the control: the ordinary loss for {args.steps} more steps")
+            entries["continued training"] = at(proc.mixed(proc.frozen(train.continued(args, source))), last)
         for s in halvings:
-            student, made = checkpoints.load_model(Path(args.out) / s["file"])
+            student, made = checkpoints.load_model(Path(args.out) / ("last.pt" if s is stages[-1] else s["file"]))
             entries["after" if s is stages[-1] else f"after, {made['nfe']} steps"] = proc.mixed(proc.frozen(student)), made, made["nfe"], made["cfg"]
-    name = args.objective + " + ddil" * any(args.dagger)
-    train.measure(args, proc, name, time.perf_counter() - began, entries)
+    train.measure(args, proc, args.objective + " + ddil" * any(args.dagger), time.perf_counter() - began, entries)
 
 
 def plan(args, info, stages, proc):
@@ -346,12 +346,12 @@ def fill_defaults(args, info):
     args.weight = args.weight or ("output" if info["prediction"] == "eps" else "snr")
     args.w = [args.cfg, args.cfg] if args.objective == "dmd2" else args.w
     schedule = make_schedule(info["schedule"])
-    if schedule.continuous:
-        raise UserError("ddil.py wants a model with discrete steps, this one's time is continuous")
-    if not all(0 <= v <= 1 for v in (*args.dagger, *args.beta)) or min(args.reuse) <= 0 or not 1 <= args.w[0] <= args.w[1]:
-        raise UserError("--dagger and --beta are probabilities, --reuse is positive, --w is two scales of guidance of at least 1 in their order")
-    if args.objective == "dmd2" and "hidden_size" not in info["arch"]:
-        raise UserError("--objective dmd2 puts its head on the tokens of a DiT; this network is a U-Net")
+    if schedule.continuous or info["only_node"] is not None or info["arch"].get("context") == "text":
+        raise UserError("this model's time is continuous, it is a student of one step, or takes prompts; ddil.py wants discrete steps, all of them, and labels or none")
+    if not all(0 <= v <= 1 for v in (*args.dagger, *args.beta)) or not all(0 < v < math.inf for v in args.reuse) or not 1 <= args.w[0] <= args.w[1] < math.inf:
+        raise UserError("--dagger and --beta are probabilities, --reuse is positive, --w (of dmd2 --cfg) is two scales of guidance of at least 1 in their order")
+    if (args.objective != "pd" or args.stages[0].startswith("w")) and "hidden_size" not in info["arch"]:
+        raise UserError("--objective lcm and dmd2 and a stage w:STEPS want a DiT, this network is a U-Net: halve its steps with --stages N:STEPS")
     stages, nodes = [], None
     if args.objective == "pd":
         for text in args.stages:

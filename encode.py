@@ -175,7 +175,10 @@ def main(args):
     rows = zlib.crc32(repr((names, labels, texts)).encode())
     meta, begun = out / "meta.json", out / "begun.json"
     for file in [f for f in (meta, begun) if f.exists()][:1]:
-        held = json.loads(file.read_text())
+        try:
+            held = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            raise UserError(f"{file} is damaged: delete it to make the cache again")
         for key in asked:
             if (old := held.get("asked", {}).get(key)) != asked[key]:
                 raise UserError(f"--out {out} holds a cache made with {runtime.flag(key)} {old}, now it is {asked[key]}; "

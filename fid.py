@@ -27,6 +27,7 @@ precision and recall the 10,000 whose pixels have the smallest hash, whatever th
 """
 import hashlib
 import json
+import math
 import os
 import sys
 import warnings
@@ -306,15 +307,20 @@ def open_statistics(statistics, path, unnamed):
         if resize is None:
             raise UserError(f"{path} does not say which resizing made it: add --unnamed adm (ADM, EDM and other TensorFlow-like tools) or --unnamed pytorch-fid")
         made = f"inception-2015-12-05/{resize}"
-    out = {"name": path, "features": made, "count": int(statistics["count"]) if "count" in statistics else None}
+    count = np.asarray(statistics.get("count", 0))
+    if count.ndim or count.dtype.kind not in "iu":
+        raise UserError(f"{path}: count is {count.dtype} {count.shape}; want an integer")
+    out = {"name": path, "features": made, "count": int(count) or None}
     out.update({k: np.asarray(statistics[k]) for k in ("mu", "sigma", "mu_s", "sigma_s", "kept", "complete") if k in statistics})
     for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if mu in out:
             m, s = out[mu], out.get(sigma, np.empty(0))
-            if m.ndim != 1 or s.shape != (len(m), len(m)) or m.dtype.kind != "f" or s.dtype.kind != "f":
+            if m.ndim != 1 or not len(m) or s.shape != (len(m), len(m)) or m.dtype.kind != "f" or s.dtype.kind != "f":
                 raise UserError(f"{path}: {mu} is {m.dtype} {m.shape}, {sigma} {s.dtype} {s.shape}; want floats (d,) and (d, d)")
             if not (np.isfinite(m).all() and np.isfinite(s).all() and np.allclose(s, s.T, atol=1e-6 * np.abs(s).max())):
                 raise UserError(f"{path}: {mu} or {sigma} is not finite, or {sigma} not symmetric; make it again")
+    if "kept" in out and (out["kept"].ndim != 2 or out["kept"].shape[1] != len(out["mu"]) or out["kept"].dtype.kind != "f" or not np.isfinite(out["kept"]).all()):
+        raise UserError(f"{path}: kept is {out['kept'].shape} or not finite; want the features (n, {len(out['mu'])}) of some images")
     return out
 
 
@@ -322,11 +328,11 @@ def main(args):
     proc = Processes()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     args.batch_size = args.batch_size if args.batch_size is not None else 8 if proc.device.type == "cpu" else 64
-    runtime.check_positive(args, "batch_size")
+    runtime.check_positive(args, "batch_size", "image_size")
     if args.num_samples is not None and args.num_samples < 2:
         raise UserError(f"--num-samples {args.num_samples}: a covariance needs at least 2 images")
-    if args.image_size is not None and args.image_size < 1:
-        raise UserError(f"--image-size {args.image_size}: must be positive")
+    if args.cfg is not None and not math.isfinite(args.cfg):
+        raise UserError(f"--cfg {args.cfg}: must be a number")
     if args.samples == "ref":
         return make_reference(args, proc)
 
@@ -369,15 +375,21 @@ def make_reference(args, proc):
         raise UserError("ref makes a file: give --out a name ending in .npz")
     part = Path(args.out).with_suffix(".tmp")
     try:  # before hours of work
+        if Path(args.out).is_dir():
+            raise IsADirectoryError(None, "it is a folder")
         part.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
     except OSError as e:
         raise UserError(f"--out {args.out}: cannot write ({e.strerror or e}); choose another place")
     m = measure(images, load_features(args.features, args.resize, proc.device), proc, args.batch_size, REFERENCE)
     if proc.main:
-        with open(part, "wb") as f:
-            np.savez(f, **{k: np.asarray(v.cpu() if torch.is_tensor(v) else v) for k, v in m.items()})
-        os.replace(part, args.out)
+        try:
+            with open(part, "wb") as f:
+                np.savez(f, **{k: np.asarray(v.cpu() if torch.is_tensor(v) else v) for k, v in m.items()})
+            os.replace(part, args.out)
+        except OSError as e:
+            part.unlink(missing_ok=True)
+            raise UserError(f"--out {args.out}: cannot write ({e.strerror or e}); free some space and repeat the command")
     say(proc, f"{args.out}: statistics of {m['count']:,} images of {m['name']}, {len(m['kept']):,} kept for precision and recall; features {m['features']}")
 
 

@@ -13,6 +13,7 @@ Steps, grid and guidance come from the checkpoint; upstream DiT weights need --m
 (float32 NCHW, divided by their scale).
 """
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,9 @@ def main(args):
         raise UserError(f"--out {out}: must end in .png (a grid) or .npz (arrays)")
     if args.compare and out.suffix != ".png":
         raise UserError("--compare draws a grid: give --out a name ending in .png")
+    place = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if out.is_dir() or not os.access(place, os.W_OK) or not (out.exists() or place.is_dir()):  # before hours of work
+        raise UserError(f"--out {out}: cannot write there; choose another place")
     blocks, shape, vae, prompts = [], None, None, None
     if args.prompts:
         try:
@@ -82,7 +86,8 @@ def main(args):
                     np.savez(f, x if raw else x.transpose(0, 2, 3, 1), y)
                 os.replace(out.with_suffix(".tmp"), out)
         except OSError as e:
-            out.with_suffix(".tmp").unlink(missing_ok=True)
+            with suppress(OSError):
+                out.with_suffix(".tmp").unlink()
             raise UserError(f"--out {out}: cannot write ({e.strerror or e}); choose another place")
         if raw:
             say(proc, f"arr_0 are latents divided by {info['scale']}; --decode stabilityai/sd-vae-ft-ema (for DiT) makes images of them")

@@ -94,6 +94,8 @@ def main(args, objective=diffusion_loss, method="train"):
         edm = arch["net"] == "DDPM++"
         info = dict(checkpoints.DIT_DEFAULTS, **(checkpoints.EDM if edm else checkpoints.SIT if flow else {}), **checkpoints.UNET_DEFAULTS.get(args.model, {}))
         info.update(name=args.model, arch=arch, classes=arch["num_classes"], scale=dataset.scale, cfg=1.5 if latent else 1.0)
+    if info["arch"].get("guidance"):
+        raise UserError("this model takes the scale of guidance as an input, which this loss does not train; give --ckpt another")
     info.update(method=method, prediction=args.prediction or info["prediction"], schedule=args.schedule or info["schedule"])
     data.check_fits(dataset, info)
     schedule = make_schedule(info["schedule"]).to(proc.device)
@@ -197,7 +199,10 @@ def learning_rate(step, args):
 def teacher(out, seed=0, prediction="eps"):
     """The checkpoint that `python train.py --out OUT --seed SEED --prediction PREDICTION` makes, made now unless it is there."""
     kind = {"eps": [], "edm": ["--model", "DDPM++-16x1", "--steps", "1000"]}.get(prediction, ["--prediction", prediction])
-    return main(parser().parse_args(["--out", str(out), "--seed", str(seed), *kind]))
+    try:
+        return main(parser().parse_args(["--out", str(out), "--seed", str(seed), *kind]))
+    except UserError as e:
+        raise UserError(f"{e} (this concerns the digits' teacher, which is made anew when {out} is deleted)")
 
 
 def continued(args, source):
@@ -290,7 +295,7 @@ def measured(args):
     """Has this finished run its metrics.json, with as many samples as asked for now?"""
     try:
         return json.loads((Path(args.out) / "metrics.json").read_text())["samples"] == args.eval_samples
-    except (OSError, ValueError, KeyError):  # none yet, or a damaged one
+    except (OSError, ValueError, LookupError, TypeError):  # none yet, or a damaged one
         return False
 
 
@@ -335,8 +340,8 @@ def self_checks(args, info, pairs):
         raise UserError("this model takes the scale of guidance as an input, which SSD and iSSD do not know; give --ckpt one that does not")
     if info["only_node"] is not None:
         raise UserError("this is a student of one step (--only-step), of use only beside its base model; give --ckpt a whole one")
-    if info["schedule"] == "edm":
-        raise UserError("this model has EDM's schedule, along which SSD and iSSD know no steps; kd.py makes it smaller")
+    if info["schedule"] == "edm" or info["solver"] == "lcm":
+        raise UserError("this model has EDM's schedule or is sampled with noise between its steps (LCM, DMD2), along which SSD and iSSD know no steps")
     if not 0 <= args.lam <= 1 or not 0 <= args.drop <= 1:
         raise UserError(f"--lam {args.lam}, --drop {args.drop}: must lie between 0 and 1")
     if args.only_step is not None and not 1 <= args.only_step <= pairs:

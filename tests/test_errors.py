@@ -56,6 +56,24 @@ def test_stages(fails, ckpt):
     assert "50 nodes" in call("--objective", "lcm", "--nfe", 60)
     assert "between 1 and" in call("--objective", "dmd2", "--nfe", 0)
     assert "must be positive" in call("--lr", 0)
+    for words in (("--reuse", "nan", "nan"), ("--reuse", 2, "inf"), ("--w", 1, "inf")):
+        assert "--reuse is positive" in call(*words)
+
+
+def test_what_ddil_refuses(fails, ckpt, tiny, tmp_path):
+    torch.save(checkpoint(tiny, only_node=500), tmp_path / "node.pt")
+    assert "student of one step" in fails("ddil", "--ckpt", tmp_path / "node.pt", "--stages", "4:2")
+    for objective in ("pd", "lcm"):
+        assert "takes prompts" in fails("ddil", "--dry-run", "--model", "SD-v1.5", "--objective", objective)
+    for words in (("--objective", "lcm"), ("--stages", "w:10", "4:10"), ("--objective", "dmd2")):
+        assert "this network is a U-Net" in fails("ddil", "--dry-run", "--model", "LDM-ImageNet", *words)
+    torch.save(checkpoint(tiny, solver="lcm"), tmp_path / "dmd2.pt")
+    for script in ("ssd", "issd"):
+        assert "LCM, DMD2" in fails(script, *quick(tmp_path / "dmd2.pt"))
+    torch.save(checkpoint(models.with_guidance(tiny), arch={**tiny.arch, "guidance": True}), tmp_path / "w.pt")
+    assert "which this loss does not train" in fails("train", "--ckpt", tmp_path / "w.pt", "--steps", 1)
+    made = inside("ddil.py", "--ckpt", tmp_path / "w.pt", "--stages", "4:2", "--batch-size", 4, "--eval-samples", 10, "--out", tmp_path / "o")
+    assert "after" in made and "continued training" not in made  # no control: that loss cannot make it
 
 
 def test_what_dsd_refuses(fails, ckpt, tiny, tmp_path):
@@ -223,6 +241,7 @@ def test_what_is_left_in_the_output_folder(fails, tmp_path, ckpt, capsys):
     for text in ("", "{}"):                               # a damaged metrics.json is made again
         (tmp_path / "a" / "metrics.json").write_text(text)
         assert "after issd" in call("--eval-samples", 10)
+    assert "with --steps 2, now it is 4" in fails("issd", *quick(ckpt, tmp_path / "a"), "--data", "digits", "--steps", 4)
     (tmp_path / "a" / "last.pt").unlink()
     capsys.readouterr()
     assert "continued is left of a run that is no more" in fails("issd", *quick(ckpt, tmp_path / "a"), "--lr", 1e-4)
@@ -314,12 +333,32 @@ def test_output_folder(fails, tmp_path, ckpt):
     assert "must end in .png" in fails("sample", "--ckpt", ckpt, "--out", "x.jpg")
     torch.save(checkpoint(models.fill_random(models.build(models.make_arch("DiT-Ti/2", 4, 1, 10, False)))), tmp_path / "small.pt")
     assert "only samples of one shape can be compared" in fails("sample", "--compare", ckpt, tmp_path / "small.pt", "--nfe", 2)
+    (tmp_path / "x.npz").mkdir()
+    assert "cannot write there" in fails("sample", "--ckpt", ckpt, "--out", "x.npz") and "cannot write there" in fails("sample", "--ckpt", ckpt, "--out", "file/x.npz")
+    assert "it is a folder" in fails("fid", "ref", "digits", "--features", "digits-cnn", "--out", "x.npz")
+    assert "--out is empty" in fails("issd", *quick(ckpt, ""))
+    assert "must be a number" in fails("fid", ckpt, "digits", "--features", "digits-cnn", "--num-samples", 4, "--cfg", "nan")
     assert "not allowed with" in fails("sample", "--ckpt", ckpt, "--compare", ckpt, ckpt) and "is required" in fails("sample")
     assert "--label 10" in fails("sample", "--ckpt", ckpt, "--label", 10)
     assert "--num-samples" in fails("sample", "--ckpt", ckpt, "--num", 0)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "last.pt").write_bytes(b"damaged")
     assert "damaged" in fails("issd", *quick(ckpt, "full"))
+
+
+def test_statistics_that_are_none(fails, tmp_path):
+    rng = np.random.default_rng(0)
+    good = dict(mu=np.zeros(3), sigma=np.eye(3), features="x", count=9, kept=rng.normal(size=(5, 3)))
+    for more, message in ((dict(count="many"), "want an integer"), (dict(count=[1, 2]), "want an integer"), (dict(kept=np.zeros((5, 2))), "want the features (n, 3)"),
+                          (dict(kept=np.full((5, 3), np.nan)), "not finite"), (dict(mu=np.zeros(0), sigma=np.zeros((0, 0))), "want floats (d,)")):
+        np.savez(tmp_path / "good.npz", **good)
+        np.savez(tmp_path / "bad.npz", **{**good, **more})
+        assert message in fails("fid", "bad.npz", "good.npz")
+
+
+def test_another_digits_teacher(fails, tmp_path, ckpt):
+    inside("train.py", "--ckpt", ckpt, "--steps", 1, "--batch-size", 4, "--out", tmp_path / "runs" / "teacher-digits")
+    assert "made anew when runs/teacher-digits is deleted" in fails("issd", "--steps", 1)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -186,7 +186,7 @@ def test_checkpoints_reach_the_disk_before_they_get_their_name(tmp_path, monkeyp
 
 
 def test_arguments_that_may_change_on_resume(tmp_path, ckpt):
-    assert checkpoints.NOT_COMPARED == {"out", "resume", "log_every", "save_every", "eval_samples", "dry_run", "compile", "accumulate", "grad_checkpointing", "save_minutes"}
+    assert checkpoints.NOT_COMPARED == {"out", "resume", "log_every", "save_every", "eval_samples", "dry_run", "compile", "accumulate", "grad_checkpointing", "save_minutes", "pool", "betas"}
     run(ckpt, tmp_path / "a", "--steps", 1)
     held = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
     held["args"]["of_another_version"] = 3
