@@ -63,7 +63,7 @@ def issd_loss(student, teacher, schedule, x0, y, s, t, noise, lam, reading="teac
         x_t = ddim_step(schedule, x_s, eps_s, s, t, prediction, project)      # (B, C, H, W)           line 10
         eps_teacher = teacher(x_t, t, y)[:, :C]                               # (B, C, H, W)           line 12
 
-    fuse = lambda l, h: torch.lerp(h, features[l], lam)                       # lam f_s + (1 - lam) h  Eq. 6, its l is l + 1 here
+    fuse = lambda l, h: torch.lerp(h, features[l], lam)                       # lam f_s + (1 - lam) h  Eq. 6; l = 0 here is its l = 2
     eps_student = student(x_t, t, y, tap=fuse)[:, :C]                         # (B, C, H, W)           line 11
     loss = (eps_teacher - eps_student).square().mean()                        #                        Eq. 7
     return loss, {"x_s": x_s, "x_t": x_t, "eps_s": eps_s}
