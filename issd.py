@@ -15,10 +15,10 @@ Differences from the paper. Algorithm 2 draws n up to N, where no t is left: n s
 at t = 0: velocity, latent diffusion). It takes the stored features from the student in line 8, Eq. 6 from the frozen teacher: --reading. Fused are the outputs of all blocks and the network's own;
 the loss is a mean, on the prediction's channels only; the label is dropped for 1 sample in 10, in all forwards of a step alike (on the
 digits it makes no difference). AdamW, constant learning rate, no weight decay, no EMA. Guidance: the paper samples with 1.5 and does not say
-whether it trains so; its 40 minutes fit 5 forward units a step, that is, no. On digits that guidance helps, iSSD trained without it
+whether it trains so; its 40 minutes fit 5 forwards a step, a backward counting as two: that is, no. On digits that guidance helps, iSSD trained without it
 gains under guidance, too; --guided all, at twice the cost, gains more (README).
 
-    python issd.py                                                          the digits, a minute and a half on two CPU cores
+    python issd.py                                                          the digits, about a minute on two CPU cores
     python issd.py --model DiT-XL/2 --nfe 10 --batch-size 16                one GPU
     torchrun --nproc_per_node 8 issd.py --model DiT-XL/2 --nfe 10           as in the paper
 
