@@ -1,0 +1,33 @@
+"""issd.py: what a student is when it is sampled. Resume, signals and processes: test_runs.py."""
+import numpy as np
+import torch
+from conftest import are_equal, inside, weights
+
+from kit import checkpoints, data
+from kit.processes import generator
+from solvers import guide, make_grid, make_schedule, predictor, sample
+
+
+def test_a_student_samples_without_fusion_and_as_it_was_trained(tmp_path, ckpt):
+    """sample.py needs no flags: grid, nfe and guidance are in the file. Its samples are plain DDIM
+    of the plain network."""
+    run = tmp_path / "run"
+    command = "issd.py --nfe 7 --steps 3 --batch-size 8 --eval-samples 0 --lr 1e-2 --cfg 2"
+    inside(*command.split(), "--ckpt", ckpt, "--out", run)
+    inside("sample.py", "--ckpt", run / "last.pt", "--num-samples", 5, "--out", tmp_path / "x.npz")
+    net, spec = checkpoints.load_model(run / "last.pt")
+    assert (spec["nfe"], spec["cfg"], spec["method"]) == (7, 2, "issd")
+    assert spec["grid"] == make_grid("dit", 7)
+
+    noise = torch.randn(5, 1, 8, 8, generator=generator("cpu", 0, 0, 4))
+    schedule = make_schedule("linear")
+    predict = predictor(guide(net, 2.0), torch.arange(5), schedule)
+    x = sample(predict, noise, schedule, make_grid("dit", 7))
+    with np.load(tmp_path / "x.npz") as f:
+        assert f["arr_0"].shape == (5, 8, 8, 1)
+        assert f["arr_0"].dtype == np.uint8
+        assert f["arr_1"].tolist() == [0, 1, 2, 3, 4]
+        np.testing.assert_array_equal(f["arr_0"], data.to_uint8(x).numpy().transpose(0, 2, 3, 1))
+    base = torch.load(ckpt, weights_only=True)["model"]
+    assert not are_equal(weights(run), base)
+    assert (run / "metrics.json").exists()

@@ -1,0 +1,196 @@
+"""The README: every command in it is run here at a tiny size, or is marked "not run"."""
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, checkpoint, script
+from PIL import Image
+
+import models
+
+README = (ROOT / "README.md").read_text()
+
+# What makes a command of the README small: flags appended to it, in place of its own.
+SMALLER = {
+    "python issd.py": "--steps 2 --eval-samples 12",
+    "python ssd.py": "--steps 2 --eval-samples 12",
+    "python ddil.py": "--stages 4:2 --eval-samples 12",
+    "python dsd.py": "--steps 8 --depth 4 --eval-samples 12",
+    "python kd.py": "--steps 2 --eval-samples 12",
+    "python issd.py --lam 0.2": "--steps 2 --eval-samples 12",
+    "python train.py --data images": "--steps 2 --batch-size 4",
+    "python issd.py --ckpt runs/own/last.pt": "--steps 2 --batch-size 4",
+    "python sample.py --compare": "--num-samples 4",
+    "python sample.py --ckpt runs/own-issd/last.pt": "--num-samples 6 --nfe 3",
+    "python fid.py samples.npz images": "--features inception.pth --batch-size 4",
+    "python issd.py --model DiT-XL/2": "",
+}
+
+
+def commands(heading=None):
+    """The commands of the README's bash blocks, or of those below one heading."""
+    text = README
+    if heading:
+        text = re.split(r"^## ", text, flags=re.M)
+        text = next(part for part in text if part.startswith(heading))
+    found = []
+    for block in re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S):
+        found += [line for line in block.splitlines() if line.strip()]
+    return found
+
+
+def smaller(command):
+    """The flags that make it small; the longest beginning of it that is known counts."""
+    known = [start for start in SMALLER if command.startswith(start)]
+    assert known, f"{command}: neither known to this test nor marked '# not run'"
+    return SMALLER[max(known, key=len)].split()
+
+
+def run(command, cwd):
+    """A command of the README, small, in another folder."""
+    file, *words = command.split()[1:]
+    return script(ROOT / file, *words, *smaller(command), cwd=cwd).stdout
+
+
+def test_every_command_is_tested_or_marked():
+    found = commands()
+    assert len(found) > 12
+    for command in found:
+        if not command.endswith("# not run"):
+            smaller(command)
+    assert sum(not command.endswith("# not run") for command in found) >= 8
+
+
+def test_length():
+    assert len(README.splitlines()) < 250
+    assert len(README.split()) < 2600
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        target = re.sub(r"\s+", "", target)
+        if "://" not in target and not target.startswith("#"):
+            assert (ROOT / target.split("#")[0]).exists(), target
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with 6 images in two class folders."""
+    folder = tmp_path_factory.mktemp("home")
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            x = rng.integers(0, 256, (70, 90, 3), np.uint8)
+            Image.fromarray(x).save(folder / "images" / name / f"{i}.png")
+    return folder
+
+
+def test_quick_start_and_change_something(home, ckpt, monkeypatch):
+    """With a checkpoint in place of the teacher, whose training another test covers."""
+    for command in [*commands("Quick start"), *commands("Change something")]:
+        if command.endswith("# not run"):
+            continue
+        said = script(ROOT / command.split()[1], *command.split()[2:], *smaller(command), "--ckpt",
+                      ckpt, cwd=home).stdout
+        assert "after issd" in said and "pixel distance" in said
+    assert (home / "runs" / "issd-lam-0.2" / "samples.png").exists()
+    said = script(ROOT / "sample.py", "--ckpt", "runs/issd/last.pt", cwd=home).stdout
+    assert "40 samples" in said and (home / "samples.png").exists()
+
+
+@pytest.mark.parametrize("method", ["ssd", "ddil", "dsd", "kd"])
+def test_the_table_of_methods(home, tiny, method):
+    command = f"python {method}.py"
+    assert f"`{command}`" in README
+    base = {}
+    if method == "ddil":
+        base = dict(prediction="v")
+    torch.save(checkpoint(tiny, **base), home / f"{method}.pt")
+    words = ["--ckpt", home / f"{method}.pt"]
+    if method == "kd":
+        words += ["--student", "DiT-Na/2", "--nfe", 3]
+    said = script(ROOT / f"{method}.py", *smaller(command), *words, cwd=home).stdout
+    assert "before" in said and "after" in said
+    assert (home / "runs" / method / "samples.png").exists()
+
+
+def test_your_own_images(home):
+    from torchvision.models import inception
+    net = inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    weights = models.fill_random(net).state_dict()
+    torch.save({k: v for k, v in weights.items() if "num_batches" not in k},
+               home / "inception.pth")
+    said = [run(command, home) for command in commands("Your own images")]
+    assert len(said) == 5
+    assert "FD" in said[-1] or "FID" in said[-1]
+    assert (home / "compare.png").exists() and (home / "samples.npz").exists()
+    shutil.rmtree(home / "runs" / "own")
+
+
+def test_the_plan_that_is_shown(home):
+    plan, = [c for c in commands("Released weights") if not c.endswith("# not run")]
+    said = run(plan, home)
+    shown = re.search(r"^```\n(iSSD of .*?)^```", README, flags=re.M | re.S)[1]
+    for line in shown.splitlines():
+        line = line.split("<-")[0].split("...")[0].rstrip()
+        assert line in said, f"{line}\n\n{said}"
+
+
+def copied(name):
+    """A python block of the README that holds this name."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
+    return next(block for block in blocks if name in block)
+
+
+def test_copying_the_frechet_distance(capsys):
+    from fid import frechet_distance
+    rng = torch.Generator().manual_seed(0)
+    a = torch.randn(50, 8, generator=rng)
+    code = copied("frechet_distance").replace("2048", "8")
+    exec(code, {"features_a": a, "features_b": a + 1})
+    assert float(capsys.readouterr().out) == pytest.approx(8, rel=1e-6)
+    assert callable(frechet_distance)
+
+
+class Foreign(torch.nn.Module):
+    """A network that is not ours: blocks in a row, label and time added."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Conv2d(1, 1, 3, padding=1) for _ in range(3))
+
+    def forward(self, x, t, y):
+        for block in self.blocks:
+            x = x + block(x).tanh() + t.view(-1, 1, 1, 1) / 1000 + y.view(-1, 1, 1, 1) / 10
+        return x
+
+
+def test_copying_issd_loss_to_a_foreign_network():
+    """The block is run as it stands; lam = 1 makes the student's output that of the noisier
+    step, so hooks do record and replace."""
+    from issd import issd_loss
+    from solvers import make_grid, make_schedule
+    torch.manual_seed(0)
+    model = Foreign()
+    frozen = Foreign().requires_grad_(False)
+    frozen.load_state_dict(model.state_dict())
+    grid = torch.tensor(make_grid("dit", 10))
+    names = {"frozen": frozen, "model": model, "issd_loss": issd_loss,
+             "schedule": make_schedule("linear"), "x0": torch.randn(4, 1, 8, 8),
+             "noise": torch.randn(4, 1, 8, 8), "y": torch.arange(4), "s": grid[3:7],
+             "t": grid[4:8]}
+    exec(copied("def tapped"), names)
+    assert names["loss"] > 0
+    assert model.blocks[0].weight.grad.abs().sum() > 0
+    student = names["student"]
+    seen = []
+
+    def record(l, h):
+        seen.append(l)
+        return h
+    student(names["x0"], names["t"], names["y"], tap=record)
+    assert seen == [0, 1, 2, 3]
+    assert not model.blocks[0]._forward_hooks
