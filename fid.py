@@ -96,6 +96,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from scipy.linalg import lapack
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
@@ -165,17 +166,16 @@ def as_float64(array):
 
 
 def square_root(sigma):
-    """R (d, rank) with R R^T = sigma: the Cholesky factor where it exists, else eigenvectors.
-
-    Eigenvalues within rounding of 0 are left out.
-    """
+    """R (d, rank) with R R^T = sigma: the Cholesky factor where it exists. Otherwise the one with
+    pivots, which ends where what is left of sigma is within rounding of 0."""
     root, failed = torch.linalg.cholesky_ex(sigma)
-    pivots = root.diagonal()
-    if not failed and pivots.min() > 1e-7 * pivots.max():
+    diagonal = root.diagonal()
+    if not failed and diagonal.min() > 1e-7 * diagonal.max():
         return root
-    values, vectors = torch.linalg.eigh(sigma)
-    keep = values > len(values) * torch.finfo(values.dtype).eps * values.max()
-    return vectors[:, keep] * values[keep].sqrt()
+    factor, pivots, rank, _ = lapack.dpstrf(sigma.cpu().numpy(), lower=1)
+    root = np.zeros((len(sigma), rank))
+    root[pivots - 1] = np.tril(factor)[:, :rank]
+    return torch.from_numpy(root).to(sigma.device)
 
 
 def inception_score(logits, split=5000):

@@ -4,7 +4,6 @@ import importlib
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,12 +11,12 @@ import numpy as np
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run on the CPU, on every machine
+os.environ["OMP_NUM_THREADS"] = "1"
 import torch
+from processes import ROOT
 
-ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
@@ -54,17 +53,8 @@ def checkpoint(net, **changes):
             "method": "train", **changes}
 
 
-def script(*words, env=None, check=True, timeout=300, cwd=None):
-    """Run `python WORDS` in the project as a user would."""
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=cwd or ROOT, env=own,
-                          capture_output=True, text=True, timeout=timeout)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
 def inside(name, *words):
-    """The same in this process, which spares its start: inside("issd.py", "--steps", 3), or
+    """Run `python NAME WORDS` in this process: inside("issd.py", "--steps", 3), or
     inside("kit.encode", ...). Returns what the script printed."""
     from kit.cli import user_errors
     module = importlib.import_module(name.removesuffix(".py"))
@@ -72,12 +62,6 @@ def inside(name, *words):
     with contextlib.redirect_stdout(out), user_errors():
         module.main(module.parser().parse_args([str(w) for w in words]))
     return out.getvalue()
-
-
-def torchrun(n, *words, **kw):
-    """The same on n processes."""
-    return script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, *words,
-                  **kw)
 
 
 def weights(folder):

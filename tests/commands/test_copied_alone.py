@@ -1,11 +1,9 @@
 """models.py and solvers.py work when each is the only file of ours in a folder."""
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
+from processes import python
 
 SOLVERS = """
 import torch
@@ -50,7 +48,4 @@ torch.testing.assert_close(out, net(x, t, y))
 @pytest.mark.parametrize("name, program", [("solvers.py", SOLVERS), ("models.py", MODELS)])
 def test_copied_alone(tmp_path, name, program):
     shutil.copy(ROOT / name, tmp_path)
-    env = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env,
-                          capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    python("-c", program, cwd=tmp_path, env={"PYTHONPATH": ""})

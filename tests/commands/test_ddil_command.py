@@ -3,9 +3,9 @@ import signal
 
 import pytest
 import torch
-from conftest import are_equal, checkpoint, inside, largest_difference, losses, torchrun, weights
+from conftest import are_equal, checkpoint, inside, largest_difference, losses, weights
 from method_runs import load
-from processes import start_and_signal
+from processes import start_and_signal, workers
 
 from kit import checkpoints
 from kit.cli import UserError
@@ -55,7 +55,7 @@ def test_resume_in_the_middle_of_a_stage(tmp_path, base, whole, step, nfe):
 
 
 def test_two_processes_agree_with_one_and_hold_the_same_states(tmp_path, base, whole):
-    torchrun(2, *words(base, tmp_path))
+    workers(2, *words(base, tmp_path))
     assert len(losses(whole)) == 24
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-3)
     a = load(whole)

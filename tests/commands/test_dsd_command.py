@@ -8,9 +8,9 @@ import signal
 
 import pytest
 import torch
-from conftest import are_equal, checkpoint, inside, largest_difference, losses, torchrun, weights
+from conftest import are_equal, checkpoint, inside, largest_difference, losses, weights
 from method_runs import load, report_of, stop_after, total_difference
-from processes import start_and_signal
+from processes import start_and_signal, workers
 from tiny_networks import unet_arch
 
 import dsd
@@ -65,7 +65,7 @@ def test_resume_in_the_middle_of_a_trajectory(tmp_path, ckpt, whole):
 
 
 def test_two_processes_agree_with_one(tmp_path, ckpt, whole):
-    torchrun(2, *words(ckpt, tmp_path, *DSDN))
+    workers(2, *words(ckpt, tmp_path, *DSDN))
     # The smallest loss is 1e-8, of differences of 1e-4:
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-4, abs=1e-8)
     a = load(tmp_path)
@@ -211,7 +211,7 @@ def test_latent_diffusion_unet_on_one_and_two_processes(tmp_path, context, more)
     assert moved > 0.1
     inside("sample.py", "--ckpt", one / "last.pt", "--num-samples", 2, "--out", tmp_path / "x.npz")
     if context == "class":
-        torchrun(2, *words(ckpt, two, *more))
+        workers(2, *words(ckpt, two, *more))
         assert total_difference(weights(one), weights(two)) < 1e-3 * moved
         assert losses(one) == pytest.approx(losses(two), rel=1e-4)
 

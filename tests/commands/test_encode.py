@@ -10,8 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, checkpoint, inside, script, torchrun
+from conftest import ROOT, checkpoint, inside
 from PIL import Image
+from processes import python, script, workers
 from small_data import first, latents
 from stand_ins import extra, images, make, refused
 
@@ -125,7 +126,7 @@ def test_two_processes_make_the_same_cache(extra, monkeypatch):
     monkeypatch.setattr(sampling, "CHUNK", 250)
     words = ["--data", "digits", "--vae", extra / "vae", "--out"]
     make(*words, "one")
-    done = torchrun(2, "-m", "kit.encode", *words, extra / "two", env={"PYTHONPATH": str(extra)})
+    done = workers(2, "-m", "kit.encode", *words, extra / "two", env={"PYTHONPATH": str(extra)})
     assert done.stdout.count("1797 images") == 1
     same(extra / "one", extra / "two")
     x = np.load("one/latents.npy")
@@ -148,7 +149,7 @@ def test_both_ways_of_starting_the_command(extra):
     words = ["--data", extra / "images", "--vae", extra / "vae", "--image-size", 8, "--out"]
     done = script("-m", "kit.encode", *words, extra / "a", env=env)
     assert "2 images, latents times 0.5" in done.stdout
-    done = script(file, *words, extra / "b", env=env, cwd=extra)
+    done = python(file, *words, extra / "b", env=env, cwd=extra)
     assert "2 images, latents times 0.5" in done.stdout
     same(extra / "a", extra / "b")
     refusal = script(file, *words, extra / "c", "--scale", 0, cwd=extra, check=False)

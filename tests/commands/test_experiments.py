@@ -8,7 +8,8 @@ import numpy as np
 import PIL.features
 import pytest
 import torch
-from conftest import ROOT, script, weights
+from conftest import ROOT, weights
+from processes import script
 
 from experiments import figures, runner
 from experiments.kd import cifar
@@ -44,7 +45,7 @@ from experiments.runner import ROOT, Cell, Row, run
 command = "issd --ckpt CKPT --nfe 2 --steps 1 --batch-size 2 --data digits"
 cells = {"a row": [[Cell(command, Row(1))], [Cell(command, Row(1))]]}
 first = run(cells)(Cell(command, Row(1)))
-again = run([cells, command], processes=1)(Cell(command, Row(1)))
+again = run(cells)(Cell(command, Row(1)))
 assert first == again and len((ROOT / "results.jsonl").read_text().splitlines()) == 1
 print(first["digits-cnn"]["fd"])
 """

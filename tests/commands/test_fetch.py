@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import checkpoint, inside, script, torchrun
+from conftest import checkpoint, inside
 from fake_server import Server, server
+from processes import script, workers
 from small_data import write_safetensors
 
 import models
@@ -252,7 +253,7 @@ def test_the_command_fetches_its_base_model(server, tmp_path, tiny):
     Server.body = whole
     assert "nothing was kept" in failed(NOWHERE + "y.pt")
     assert names(cache) == []
-    torchrun(2, *words(server), env=env)
+    workers(2, *words(server), env=env)
     assert next(cache.rglob("x.pt")).read_bytes() == whole
     assert (tmp_path / "out" / "last.pt").exists()
 

@@ -3,8 +3,9 @@
 import shutil
 
 import pytest
-from conftest import ROOT, script, torchrun
+from conftest import ROOT
 from measuring import assert_same, inception_weights, numbers, pictures
+from processes import python, script, torchrun, workers
 
 import fid
 
@@ -34,13 +35,13 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("kit", "model
 
 @pytest.fixture
 def alone(tmp_path):
-    """Keywords for script() and torchrun(): a folder that holds fid.py, no way to the project."""
+    """Keywords for python() and the like: a folder that holds fid.py, no way to the project."""
     shutil.copy(ROOT / "fid.py", tmp_path)
     return {"cwd": tmp_path, "env": {"PYTHONPATH": ""}}
 
 
 def test_library(alone, pictures):
-    assert "precision" in script("-c", LIBRARY, pictures / "b", **alone).stdout
+    assert "precision" in python("-c", LIBRARY, pictures / "b", **alone).stdout
 
 
 def test_same_numbers_however_they_are_made(alone, pictures, inception_weights):
@@ -66,7 +67,7 @@ def test_what_needs_kit(pictures, words, monkeypatch):
 
 
 def test_two_processes_complain_once(alone, pictures):
-    done = torchrun(2, "fid.py", pictures / "a", "nowhere", check=False, **alone)
+    done = workers(2, "fid.py", pictures / "a", "nowhere", check=False, **alone)
     complaints = [line for line in done.stderr.splitlines() if "fid.py: error" in line]
     assert done.returncode != 0 and len(complaints) == 1
     assert "nowhere: no such file or folder" in complaints[0]

@@ -5,9 +5,9 @@ import re
 
 import numpy as np
 import pytest
-from conftest import torchrun
 from fake_server import Server, server
 from measuring import assert_same, inception_weights, measured, numbers, pictures
+from processes import workers
 
 import fid
 from kit import checkpoints, features
@@ -29,7 +29,7 @@ def test_three_processes(ckpt, measured):
     chunks of 250."""
     words = [ckpt, "digits", "--num-samples", 400, "--nfe", 2, "--features", "digits-cnn", "--json"]
     one = numbers(measured(*words).out)
-    assert_same(one, numbers(torchrun(3, "fid.py", *words).stdout))
+    assert_same(one, numbers(workers(3, "fid.py", *words).stdout))
 
 
 @pytest.mark.filterwarnings("ignore:a covariance of 4 features")

@@ -4,9 +4,9 @@ import signal
 
 import pytest
 import torch
-from conftest import are_equal, inside, losses, torchrun
+from conftest import are_equal, inside, losses
 from method_runs import load, report_of, write_edm_teacher, write_uncond
-from processes import start_and_signal
+from processes import start_and_signal, workers
 
 import kd
 from kit import checkpoints
@@ -46,7 +46,7 @@ def test_resume_and_two_processes(tmp_path, teacher, whole):
     assert b["method"] == "kd"
     assert min(losses(whole)) > 0
 
-    torchrun(2, *words(teacher, tmp_path / "two", *GUIDED))
+    workers(2, *words(teacher, tmp_path / "two", *GUIDED))
     assert losses(tmp_path / "two") == pytest.approx(losses(whole), rel=1e-4)
     inside("sample.py", "--ckpt", whole / "last.pt", "--num-samples", 2, "--cfg", 1.5,
            "--out", tmp_path / "x.png")

@@ -6,8 +6,16 @@ import time
 
 import pytest
 import torch
-from conftest import inside, largest_difference, losses, script, torchrun, weights
-from processes import children, start, start_and_signal
+from conftest import inside, largest_difference, losses, weights
+from processes import (
+    TORCHRUN,
+    children,
+    script,
+    start_and_signal,
+    start_python,
+    wait_for_step,
+    workers,
+)
 
 import models
 from kit.cli import UserError
@@ -144,8 +152,8 @@ def test_four_processes_one_of_which_is_lost_and_two_that_resume_them(tmp_path, 
         return [*text.split(), *more]
     part = tmp_path / "part"
     inside(*run("one"))
-    four = "-m torch.distributed.run --standalone --nproc_per_node 4".split()
-    p = start([*four, *run("part")], part, 6)
+    p = start_python(*TORCHRUN, 4, *run("part"))
+    wait_for_step(p, part, 6)
     os.kill(children(p.pid)[2], signal.SIGKILL)
     began = time.time()
     output = p.communicate(timeout=60)[1]
@@ -156,7 +164,7 @@ def test_four_processes_one_of_which_is_lost_and_two_that_resume_them(tmp_path, 
     one = losses(tmp_path / "one")
     assert losses(part)[:6] == pytest.approx(one[:6], rel=1e-4)
     assert min(one) > 0
-    torchrun(2, *run("part", "--accumulate", 2))
+    workers(2, *run("part", "--accumulate", 2))
     assert losses(part) == pytest.approx(one, rel=1e-4)
     assert largest_difference(weights(part), weights(tmp_path / "one")) < 1e-5
 

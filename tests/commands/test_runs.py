@@ -14,15 +14,12 @@ from conftest import (
     log_lines,
     losses,
     make_latents,
-    script,
-    torchrun,
     weights,
 )
 from PIL import Image
-from processes import start_and_signal
+from processes import finish, script, start_and_signal, start_workers, wait_for_step, workers
 
 STEPS = 24
-TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node".split()
 
 
 def words(ckpt, out, *more):
@@ -123,7 +120,7 @@ def test_two_processes_agree_with_one(tmp_path, ckpt):
                 f"--log-every 1 --out {out}")
         return [*text.split(), *more]
     inside(*run(tmp_path / "one"))
-    torchrun(2, *run(tmp_path / "two"))
+    workers(2, *run(tmp_path / "two"))
     one = losses(tmp_path / "one")
     two = losses(tmp_path / "two")
     assert len(one) == len(two) == 20 and min(one) > 0
@@ -136,13 +133,15 @@ def test_two_processes_agree_with_one(tmp_path, ckpt):
     assert half == pytest.approx(one, rel=0.15) and half != one
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="finds the workers in /proc")
 def test_sigterm_is_agreed_by_two_processes_and_one_resumes_them(tmp_path, ckpt, whole):
     out = tmp_path / "y"
-    command = [*TORCHRUN, 2, *words(ckpt, out, "--save-every", 1000)]
-    p = start_and_signal(command, out, 6, signal.SIGTERM, workers=True)
-    assert p.returncode != 0
-    assert "saved; the same command continues" in p.output[1]
+    started = start_workers(2, words(ckpt, out, "--save-every", 1000))
+    wait_for_step(started[0], out, 6)
+    for p in started:
+        os.kill(p.pid, signal.SIGTERM)
+    done = finish(started, check=False)
+    assert [p.returncode for p in started] == [143, 143]
+    assert "saved; the same command continues" in done.stderr
     assert 6 <= load(out)["step"] <= STEPS
     inside(*words(ckpt, out))
     assert largest_difference(weights(out), weights(whole)) < 1e-4
@@ -212,7 +211,7 @@ def test_the_latent_path_in_small(tmp_path):
     assert min(losses(base)) > 0
 
     out = tmp_path / "issd"
-    done = torchrun(2, *f"issd.py --ckpt {base}/last.pt --data synthetic:3 --steps 3 "
+    done = workers(2, *f"issd.py --ckpt {base}/last.pt --data synthetic:3 --steps 3 "
                         f"--batch-size 4 --lr 1e-3 --log-every 1 --out {out}".split(),
                     env={"MINDISTILL_CACHE": str(tmp_path / "cache")})
     assert "12 samples of the base model itself, 3 steps, guidance 1.5" in done.stdout

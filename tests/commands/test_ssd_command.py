@@ -12,10 +12,10 @@ from conftest import (
     inside,
     largest_difference,
     losses,
-    torchrun,
     weights,
 )
 from method_runs import load, total_difference
+from processes import workers
 from tiny_networks import unet_arch
 
 import models
@@ -97,7 +97,7 @@ def test_a_distilled_model_keeps_its_grid_and_two_processes_agree(tmp_path, tiny
     torch.save(checkpoint(tiny, grid=PD_GRID, nfe=4, method="pd"), pd)
     words = ("--ckpt", pd, "--steps", 3, *COMMON)
     run(*words, "--out", tmp_path / "one")
-    torchrun(2, "ssd.py", *words, "--out", tmp_path / "two")
+    workers(2, "ssd.py", *words, "--out", tmp_path / "two")
     assert checkpoints.describe(tmp_path / "one" / "last.pt")["grid"] == PD_GRID
     a = weights(tmp_path / "one")
     b = weights(tmp_path / "two")
@@ -165,7 +165,7 @@ def test_a_text_model_trains_on_one_and_two_processes_and_is_sampled(tmp_path, p
     words = ("--ckpt", tmp_path / "base.pt", "--data", prompts,
              *"--steps 3 --nfe 4 --batch-size 4 --lr 1e-3 --log-every 1 --save-every 3".split())
     run(*words, "--out", one)
-    torchrun(2, "ssd.py", *words, "--out", two)
+    workers(2, "ssd.py", *words, "--out", two)
     start = net.state_dict()
     # Sums, since a bias before a norm has no gradient, and Adam divides by it:
     moved = total_difference(weights(one), start)

@@ -2,23 +2,21 @@
 import copy
 import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    ROOT,
     SCRIPTS,
     checkpoint,
     inside,
     load_script,
     make_latents,
     quick,
-    torchrun,
 )
 from PIL import Image
+from processes import Command, workers
 
 import issd
 import models
@@ -385,8 +383,8 @@ def test_skipped_updates_leave_no_trace(tiny):
         guard.check("nowhere")
 
 
-def test_under_torchrun_one_rank_speaks(tmp_path, ckpt):
-    done = torchrun(2, "issd.py", "--ckpt", ckpt, "--batch-size", 9, "--out", tmp_path / "x",
+def test_of_two_processes_one_speaks(tmp_path, ckpt):
+    done = workers(2, "issd.py", "--ckpt", ckpt, "--batch-size", 9, "--out", tmp_path / "x",
                     check=False)
     lines = [line for line in done.stderr.splitlines() if "issd.py: error:" in line]
     assert done.returncode != 0 and len(lines) == 1
@@ -439,22 +437,25 @@ def test_what_is_left_in_the_output_folder(fails, tmp_path, ckpt, capsys):
 
 
 HOLD_A_LOCK = """
+import sys
+import time
 from pathlib import Path
 from kit.processes import lock
-file = lock(Path('.'))
-print(1, flush=True)
-input()
+folder = Path(sys.argv[1])
+file = lock(folder)
+(folder / "held").touch()
+time.sleep(300)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
 def test_two_commands_in_one_folder(fails, tmp_path, ckpt):
-    held = subprocess.Popen([sys.executable, "-c", HOLD_A_LOCK], cwd=tmp_path,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE)
-    held.stdout.readline()
+    holder = Command(["-c", HOLD_A_LOCK, tmp_path])
+    while not (tmp_path / "held").exists():
+        assert holder.poll() is None, holder.communicate()
     assert "another process is writing into" in fails("issd", *quick(ckpt, tmp_path))
-    held.communicate(b"\n")
+    holder.kill()
+    holder.communicate()
     assert not (tmp_path / "last.pt").exists()
     inside("issd.py", *quick(ckpt, tmp_path))
     assert (tmp_path / "last.pt").exists()

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, script, torchrun
+from conftest import checkpoint
 from measuring import inception_weights, measured, numbers, pictures
 from PIL import Image
+from processes import script, workers
 
 import fid
 from kit import features
@@ -195,6 +196,6 @@ def test_errors_of_the_command(pictures, tmp_path):
     for i in range(4):
         (tmp_path / "bad" / f"{i}.png").write_text("no picture")
     words = ("--features", "digits-cnn")
-    done = torchrun(2, "fid.py", tmp_path / "bad", pictures / "b", *words, check=False)
+    done = workers(2, "fid.py", tmp_path / "bad", pictures / "b", *words, check=False)
     complaints = [line for line in done.stderr.splitlines() if "fid.py: error" in line]
     assert done.returncode != 0 and len(complaints) == 1 and "cannot be read" in complaints[0]
