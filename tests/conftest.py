@@ -20,6 +20,12 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test sees the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def golden():
     """golden(name): the arrays of a file in tests/golden."""

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 from conftest import ROOT
-from processes import python
+from processes import script
 
 SOLVERS = """
 import torch
@@ -48,4 +48,4 @@ torch.testing.assert_close(out, net(x, t, y))
 @pytest.mark.parametrize("name, program", [("solvers.py", SOLVERS), ("models.py", MODELS)])
 def test_copied_alone(tmp_path, name, program):
     shutil.copy(ROOT / name, tmp_path)
-    python("-c", program, cwd=tmp_path, env={"PYTHONPATH": ""})
+    script("-c", program, cwd=tmp_path, env={"PYTHONPATH": ""})

@@ -75,42 +75,43 @@ def test_two_processes_agree_with_one(tmp_path, ckpt, whole):
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-@pytest.mark.parametrize("stop", [4, 6, 9])
-def test_tsd_resumes(tmp_path, ckpt, stop, amp):
+def test_tsd_resumes(tmp_path, ckpt, amp):
     """In the middle of the first depth; where the student is about to become the teacher; later."""
     whole = tmp_path / "whole"
-    part = tmp_path / "part"
     more = ("--variant", "tsd", "--amp", amp)
     inside(*words(ckpt, whole, *more))
-    stop_after(stop, *words(ckpt, part, *more))
-    state = load(part)
-    teacher = state["teacher"]
-
-    def as_stored(weights):
-        """The weights, in the precision of the teacher's."""
-        return {k: v.to(teacher[k].dtype) for k, v in weights.items()}
-
-    base = torch.load(ckpt, weights_only=True)["model"]
-    assert state["step"] == stop
-    assert are_equal(teacher, as_stored(base)) == (stop <= 6)
-    has_bf16 = any(v.dtype == torch.bfloat16 for v in teacher.values())
-    assert has_bf16 == (amp == "bf16")
-
-    inside(*words(ckpt, part, *more))
-    assert are_equal(weights(part), weights(whole))
-    assert losses(part) == losses(whole)
     assert min(losses(whole)) > 0
-    if stop == 6:
-        # The teacher of the second depth is the student as it was when the first ended, not its
-        # average:
-        end = load(whole)["teacher"]
-        assert are_equal(end, as_stored(state["model"]))
-        assert not are_equal(end, as_stored(state["ema"]))
+    base = torch.load(ckpt, weights_only=True)["model"]
+    states = {}
+    for stop in (4, 6, 9):
+        part = tmp_path / f"part-{stop}"
+        stop_after(stop, *words(ckpt, part, *more))
+        states[stop] = state = load(part)
+        teacher = state["teacher"]
+        assert state["step"] == stop
+        assert are_equal(teacher, as_stored(base, teacher)) == (stop <= 6)
+        has_bf16 = any(v.dtype == torch.bfloat16 for v in teacher.values())
+        assert has_bf16 == (amp == "bf16")
+
+        inside(*words(ckpt, part, *more))
+        assert are_equal(weights(part), weights(whole))
+        assert losses(part) == losses(whole)
+
+    # The teacher of the second depth is the student as it was when the first ended, not its
+    # average:
+    teacher = load(whole)["teacher"]
+    assert are_equal(teacher, as_stored(states[6]["model"], teacher))
+    assert not are_equal(teacher, as_stored(states[6]["ema"], teacher))
 
     # Without a teacher the first loss has the same bits:
     inside(*words(ckpt, tmp_path / "dsdi", "--variant", "dsdi", "--amp", amp))
     assert losses(tmp_path / "dsdi")[0] == losses(whole)[0]
     assert losses(tmp_path / "dsdi")[1:] != losses(whole)[1:]
+
+
+def as_stored(weights, teacher):
+    """The weights, in the precision of the teacher's."""
+    return {k: v.to(teacher[k].dtype) for k, v in weights.items()}
 
 
 # ---- The loop ----------------------------------------------------------------------------------

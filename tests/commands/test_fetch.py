@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import checkpoint, inside
+from conftest import checkpoint, inside, quick
 from fake_server import Server, server
-from processes import script, workers
+from processes import workers
 from small_data import write_safetensors
 
 import models
@@ -227,33 +227,22 @@ def test_torchvisions_weights(server, tmp_path, monkeypatch, server_is):
 # ---- The commands ------------------------------------------------------------------------------
 
 
-def test_the_command_fetches_its_base_model(server, tmp_path, tiny):
+def test_the_command_fetches_its_base_model(server, fails, tmp_path, tiny, monkeypatch):
     cache = tmp_path / "cache"
-    env = {"MINDISTILL_CACHE": str(cache)}
-
-    def words(url):
-        return ["issd.py", "--ckpt", url, "--steps", 2, "--batch-size", 4, "--eval-samples", 0,
-                "--out", tmp_path / "out"]
-
-    def failed(url):
-        done = script(*words(url), env=env, check=False)
-        assert done.returncode == 2
-        assert done.stderr.count("error:") == 1
-        return done.stderr
-
+    monkeypatch.setattr(checkpoints, "CACHE", cache)
     whole = file_of(tiny)
     Server.body = whole
     Server.cut = 1000
-    failed(server)
+    assert "1,000 of" in fails("issd", *quick(server))
     assert all(n.endswith(".part") for n in names(cache))
     Server.cut = None
     Server.body = b"<html>not weights</html>"
-    assert "does not hold what it should and was deleted" in failed(server)
+    assert "does not hold what it should and was deleted" in fails("issd", *quick(server))
     assert names(cache) == []
     Server.body = whole
-    assert "nothing was kept" in failed(NOWHERE + "y.pt")
+    assert "nothing was kept" in fails("issd", *quick(NOWHERE + "y.pt"))
     assert names(cache) == []
-    workers(2, *words(server), env=env)
+    workers(2, "issd.py", *quick(server, tmp_path / "out"), env={"MINDISTILL_CACHE": cache})
     assert next(cache.rglob("x.pt")).read_bytes() == whole
     assert (tmp_path / "out" / "last.pt").exists()
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from conftest import ROOT
 from measuring import assert_same, inception_weights, numbers, pictures
-from processes import python, script, torchrun, workers
+from processes import script, torchrun, workers
 
 import fid
 
@@ -35,13 +35,13 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("kit", "model
 
 @pytest.fixture
 def alone(tmp_path):
-    """Keywords for python() and the like: a folder that holds fid.py, no way to the project."""
+    """Keywords for script() and the like: a folder that holds fid.py, no way to the project."""
     shutil.copy(ROOT / "fid.py", tmp_path)
     return {"cwd": tmp_path, "env": {"PYTHONPATH": ""}}
 
 
 def test_library(alone, pictures):
-    assert "precision" in python("-c", LIBRARY, pictures / "b", **alone).stdout
+    assert "precision" in script("-c", LIBRARY, pictures / "b", **alone).stdout
 
 
 def test_same_numbers_however_they_are_made(alone, pictures, inception_weights):

@@ -143,16 +143,16 @@ def test_saves_by_the_clock(tmp_path, ckpt):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="finds the workers in /proc")
-def test_four_processes_one_of_which_is_lost_and_two_that_resume_them(tmp_path, ckpt):
+def test_three_processes_one_of_which_is_lost_and_two_that_resume_them(tmp_path, ckpt):
     """They agree with one process. The loss of one ends all within a minute and with one line. The
     next launch continues from the last checkpoint."""
     def run(out, *more):
-        text = (f"issd.py --ckpt {ckpt} --steps 14 --batch-size 8 --lr 1e-4 --eval-samples 0 "
+        text = (f"issd.py --ckpt {ckpt} --steps 14 --batch-size 12 --lr 1e-4 --eval-samples 0 "
                 f"--log-every 1 --save-every 4 --out {tmp_path / out}")
         return [*text.split(), *more]
     part = tmp_path / "part"
     inside(*run("one"))
-    p = start_python(*TORCHRUN, 4, *run("part"))
+    p = start_python(*TORCHRUN, 3, *run("part"))
     wait_for_step(p, part, 6)
     os.kill(children(p.pid)[2], signal.SIGKILL)
     began = time.time()
