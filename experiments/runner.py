@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 
 from experiments import figures
 from kit.checkpoints import load_model
@@ -335,7 +335,7 @@ def half_width_95(v):
     """
     if len(v) < 2:
         return float("nan")
-    return float(stats.t.ppf(0.975, len(v) - 1) * standard_error(v))
+    return float(stdtrit(len(v) - 1, 0.975) * standard_error(v))
 
 
 def gain(get, reference, cells, network="digits-cnn"):

@@ -478,9 +478,12 @@ def unwrap_worker_errors(loader):
     """The loader's items. A UserError in a worker comes without the traceback around it."""
     try:
         yield from loader
+        return
     except UserError as e:
         last_line = str(e).strip().splitlines()[-1]
-        raise UserError(last_line.split("UserError: ")[-1])
+        e.__traceback__ = None
+    # important! Nothing keeps the loader's frames any longer, so that its processes end now.
+    raise UserError(last_line.split("UserError: ")[-1])
 
 
 def one_thread(worker):
