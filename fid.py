@@ -112,8 +112,8 @@ class Statistics:
         self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def update(self, features):
-        """Add features (n, dim) of any float dtype. Returns self."""
-        f = features.to(self.total)
+        """Add features (n, dim), an array or a tensor of any float dtype. Returns self."""
+        f = torch.as_tensor(features).to(self.total)
         self.count += len(f)
         self.total += f.sum(0)
         self.outer += f.T @ f

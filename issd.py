@@ -251,7 +251,8 @@ def parser():
     p = make_parser("issd.py", __doc__)
     group = p.add_argument_group("the method")
     group.add_argument("--lam", type=float,
-                       help="fusion weight of Eq. 6, of the noisier step (default: Table 9)")
+                       help="fusion weight of Eq. 6, of the noisier step (default: Table 9; "
+                            "digits 0.1)")
     group.add_argument("--reading", choices=["teacher", "student", "literal"], default="teacher",
                        help="whose features are fused: see issd_loss")
     selfstep.add_arguments(p)

@@ -153,6 +153,7 @@ def main(args, objective=diffusion_loss, method="train", quiet=False):
     spec["prediction"] = args.prediction or spec["prediction"]
     spec["schedule"] = args.schedule or spec["schedule"]
     check_combination(args, spec, objective)
+    warn_if_too_narrow(proc, spec)
     data.check_fits(dataset, spec)
     schedule = make_schedule(spec["schedule"]).to(proc.device)
     forwards = 3 if objective is diffusion_loss else 4  # per step; a backward counts as two
@@ -231,6 +232,19 @@ def check_combination(args, spec, objective):
     if spec["arch"]["net"] == "DDPM++" and is_changed:
         raise UserError(f"--model {spec['name']}: EDM's networks have their own prediction, "
                         "schedule and loss; leave --prediction and --schedule out")
+
+
+def warn_if_too_narrow(proc, spec):
+    """Say when a transformer has fewer features per token than a patch has numbers. Its output lies
+    in a subspace, which images may share, and noise does not."""
+    arch = spec["arch"]
+    if "hidden_size" not in arch or spec["prediction"] == "x0":
+        return
+    numbers = arch["in_channels"] * arch["patch_size"] ** 2
+    if arch["hidden_size"] < numbers:
+        say(proc, f"warning: {spec['name']} has {arch['hidden_size']} features per token, a patch "
+                  f"has {numbers} numbers: it cannot predict noise and will draw noise; take a "
+                  "smaller patch, a wider network, or --prediction x0")
 
 
 def learning_rate(step, args):

@@ -73,6 +73,9 @@ def compare(entries, proc, num, seed, features="digits-cnn"):
 # ---- The end of every method -------------------------------------------------------------------
 
 
+PICTURES = ("before", "plain training", "after")  # in samples.png, from above
+
+
 def finish(args, proc, method, began, entries, **more):
     """Measure; write metrics.json and samples.png; print the table.
 
@@ -85,8 +88,7 @@ def finish(args, proc, method, began, entries, **more):
     if proc.is_main:
         out = Path(args.out)
         if entries:
-            pictures = ("before", "plain training", "after")
-            save_grid([images[k] for k in pictures if k in images], out / "samples.png")
+            save_grid([images[k] for k in PICTURES if k in images], out / "samples.png")
         metrics = {
             "method": method, "model": args.model, "nfe": args.nfe, "seed": args.seed,
             "steps": args.steps, "samples": args.eval_samples,
@@ -123,7 +125,9 @@ def print_report(args, proc):
     base = f" --base {args.ckpt}" if getattr(args, "only_step", None) else ""
     if metrics["samples"]:
         say(proc, summary(metrics))
-        say(proc, f"pictures: {out}/samples.png; log: {out}/log.jsonl")
+        known = {"after": True, "before": metrics["before"], **metrics["controls"]}
+        drawn = ", ".join(name for name in PICTURES if known.get(name))
+        say(proc, f"pictures: {out}/samples.png, from above: {drawn}; log: {out}/log.jsonl")
     else:
         say(proc, "quality is not measured here (--eval-samples 0)")
         say(proc, f"log: {out}/log.jsonl")

@@ -28,8 +28,9 @@ def in_millions(arch):
 
 
 def batch_line(args, proc):
-    """The batch, and how processes share it."""
-    return f"{args.batch_size} ({proc.world} x {args.batch_size // proc.world})"
+    """The batch, and how processes and parts share it."""
+    parts = f" in {args.accumulate} parts" if args.accumulate > 1 else ""
+    return f"{args.batch_size} ({proc.world} x {args.batch_size // proc.world}{parts})"
 
 
 def resources(args, proc, arch, flops, base_arch=None, weight_copies=2, frozen=1, rows=1):

@@ -1,4 +1,4 @@
-"""What the tests share: golden numbers, a tiny checkpoint, scripts started as users start them."""
+"""What the tests share: golden numbers, a tiny checkpoint, scripts run in this process."""
 import contextlib
 import importlib
 import io

@@ -64,10 +64,11 @@ def become(words, cwd, env, folder):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    multiprocessing.set_start_method(None, force=True)
-    ours = (str(ROOT), str(ROOT / "tests"))
-    sys.path[:] = [p for p in sys.path if p and not (p == ours[0] or p.startswith(ours[1]))]
-    sys.path[:0] = [p for p in env.get("PYTHONPATH", "").split(os.pathsep) if p]
+    multiprocessing.set_start_method(None, force=True)  # what Python starts with
+    tests = str(ROOT / "tests")
+    inherited = [p for p in sys.path if p not in ("", str(ROOT)) and not p.startswith(tests)]
+    named = [p for p in env.get("PYTHONPATH", "").split(os.pathsep) if p]
+    sys.path[:] = [*named, *inherited]
     if words[0] == "-c":
         sys.path.insert(0, cwd)
         sys.argv = ["-c", *words[2:]]

@@ -40,6 +40,13 @@ def commands(heading=None):
     return found
 
 
+def are_run(commands):
+    """Those that are run here: not the installation, nor what is marked."""
+    installation = ("git clone", "cd ", "pip install")
+    return [c for c in commands
+            if not c.startswith(installation) and not c.endswith("# not run")]
+
+
 def smaller(command):
     """The flags that make it small; the longest beginning of it that is known counts."""
     known = [start for start in SMALLER if command.startswith(start)]
@@ -54,16 +61,14 @@ def run(command, *more):
 
 
 def test_every_command_is_tested_or_marked():
-    found = commands()
-    assert len(found) > 12
+    found = are_run(commands())
+    assert len(found) >= 8
     for command in found:
-        if not command.endswith("# not run"):
-            smaller(command)
-    assert sum(not command.endswith("# not run") for command in found) >= 8
+        smaller(command)
 
 
 def test_length():
-    assert len(README.splitlines()) < 250
+    assert len(README.splitlines()) < 265
     assert len(README.split()) < 2600
 
 
@@ -90,10 +95,9 @@ def home(tmp_path, monkeypatch):
 
 def test_quick_start_and_change_something(home, ckpt):
     """With a checkpoint in place of the teacher, whose training another test covers."""
-    for command in [*commands("Quick start"), *commands("Change something")]:
-        if not command.endswith("# not run"):
-            said = run(command, "--ckpt", ckpt)
-            assert "after issd" in said and "pixel distance" in said
+    for command in are_run([*commands("Quick start"), *commands("Change something")]):
+        said = run(command, "--ckpt", ckpt)
+        assert "after issd" in said and "pixel distance" in said
     assert (home / "runs" / "issd-lam-0.2" / "samples.png").exists()
     said = inside("sample.py", "--ckpt", "runs/issd/last.pt", "--nfe", 2)
     assert "40 samples" in said and (home / "samples.png").exists()
@@ -123,12 +127,13 @@ def test_your_own_images(home):
                home / "inception.pth")
     said = [run(command) for command in commands("Your own images")]
     assert len(said) == 5
+    assert "warning" not in said[0]
     assert "FD" in said[-1] or "FID" in said[-1]
     assert (home / "compare.png").exists() and (home / "samples.npz").exists()
 
 
 def test_the_plan_that_is_shown(home):
-    plan, = [c for c in commands("Released weights") if not c.endswith("# not run")]
+    plan, = are_run(commands("Released weights"))
     said = run(plan)
     shown = re.search(r"^```\n(iSSD of .*?)^```", README, flags=re.M | re.S)[1]
     for line in shown.splitlines():
@@ -166,28 +171,21 @@ class Foreign(torch.nn.Module):
 
 
 def test_copying_issd_loss_to_a_foreign_network():
-    """The block is run as it stands; lam = 1 makes the student's output that of the noisier
-    step, so hooks do record and replace."""
+    """The block is run as it stands."""
     from issd import issd_loss
-    from solvers import make_grid, make_schedule
-    torch.manual_seed(0)
     model = Foreign()
-    frozen = Foreign().requires_grad_(False)
-    frozen.load_state_dict(model.state_dict())
-    grid = torch.tensor(make_grid("dit", 10))
-    names = {"frozen": frozen, "model": model, "issd_loss": issd_loss,
-             "schedule": make_schedule("linear"), "x0": torch.randn(4, 1, 8, 8),
-             "noise": torch.randn(4, 1, 8, 8), "y": torch.arange(4), "s": grid[3:7],
-             "t": grid[4:8]}
+    names = {"model": model, "issd_loss": issd_loss, "x0": torch.randn(4, 1, 8, 8),
+             "y": torch.arange(4)}
     exec(copied("def tapped"), names)
     assert names["loss"] > 0
     assert model.blocks[0].weight.grad.abs().sum() > 0
+    assert names["frozen"].blocks[0].weight.grad is None
     student = names["student"]
     seen = []
 
     def record(l, h):
         seen.append(l)
         return h
-    student(names["x0"], names["t"], names["y"], tap=record)
+    student(names["x0"], names["n"], names["y"], tap=record)
     assert seen == [0, 1, 2, 3]
     assert not model.blocks[0]._forward_hooks

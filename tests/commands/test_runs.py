@@ -168,7 +168,7 @@ def test_the_main_job_in_small(tmp_path):
     assert metrics["samples"] == 60 and metrics["features"] == "digits-cnn"
     assert "teacher: runs/teacher-digits/last.pt" in done.stdout
     assert "pixel distance" in done.stdout and "after issd" in done.stdout
-    assert f"pictures: {out}/samples.png; log: {out}/log.jsonl" in done.stdout
+    assert f"pictures: {out}/samples.png, from above: before, after; log: {out}/" in done.stdout
     size = Image.open(out / "samples.png").size
     assert size == (20 * 36 + 4, 2 * (2 * 36 + 4) + 3)
     assert (out / "teacher-digits" / "last.pt").exists()

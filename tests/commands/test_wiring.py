@@ -311,3 +311,12 @@ def test_pictures_and_table_come_from_the_same_entries(tmp_path, ckpt):
     assert "after issd" in said and (tmp_path / "a" / "samples.png").exists()
     assert evaluate.is_measured(types.SimpleNamespace(out=str(tmp_path / "a"), eval_samples=4))
     assert not evaluate.is_measured(types.SimpleNamespace(out=str(tmp_path / "a"), eval_samples=5))
+
+
+@pytest.mark.parametrize("words, warns", [
+    ("--model DiT-Na/8", True), ("--model DiT-Na/8 --prediction x0", False),
+    ("--model DiT-Na/4", False), ("--model DDPM++-8x1", False)])
+def test_a_network_too_narrow_for_noise(words, warns):
+    """DiT-Na has 48 features per token; a patch of 8x8 grey pixels has 64 numbers."""
+    said = inside("train.py", "--data", "digits", *words.split(), "--dry-run")
+    assert ("48 features per token, a patch has 64 numbers: it cannot predict" in said) == warns
