@@ -105,7 +105,7 @@ def start_workers(n, words, cwd=None, env=None):
     for rank in range(n):
         told = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n,
                     MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port,
-                    TORCHELASTIC_USE_AGENT_STORE=True)
+                    TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
         started.append(Command(words, cwd, {**told, **(env or {})}))
         started[-1].store = store
     return started
