@@ -27,7 +27,7 @@ import torch
 
 import models
 from kit import checkpoints, data
-from kit.base import describe_base, resolve_checkpoint
+from kit.base import describe_base, resolve_checkpoint, warn_if_too_narrow
 from kit.cli import (
     UserError,
     add_data_arguments,
@@ -232,19 +232,6 @@ def check_combination(args, spec, objective):
     if spec["arch"]["net"] == "DDPM++" and is_changed:
         raise UserError(f"--model {spec['name']}: EDM's networks have their own prediction, "
                         "schedule and loss; leave --prediction and --schedule out")
-
-
-def warn_if_too_narrow(proc, spec):
-    """Say when a transformer has fewer features per token than a patch has numbers. Its output lies
-    in a subspace, which images may share, and noise does not."""
-    arch = spec["arch"]
-    if "hidden_size" not in arch or spec["prediction"] == "x0":
-        return
-    numbers = arch["in_channels"] * arch["patch_size"] ** 2
-    if arch["hidden_size"] < numbers:
-        say(proc, f"warning: {spec['name']} has {arch['hidden_size']} features per token, a patch "
-                  f"has {numbers} numbers: it cannot predict noise and will draw noise; take a "
-                  "smaller patch, a wider network, or --prediction x0")
 
 
 def learning_rate(step, args):

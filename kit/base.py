@@ -60,6 +60,19 @@ def load_base(args, proc, make_teacher, prediction="eps"):
     return net, spec, str(path)
 
 
+def warn_if_too_narrow(proc, spec):
+    """Say when a transformer has fewer features per token than a patch has numbers. Its output lies
+    in a subspace, which images may share, and noise does not."""
+    arch = spec["arch"]
+    if "hidden_size" not in arch or spec["prediction"] == "x0":
+        return
+    numbers = arch["in_channels"] * arch["patch_size"] ** 2
+    if arch["hidden_size"] < numbers:
+        say(proc, f"warning: {spec['name']} has {arch['hidden_size']} features per token, a patch "
+                  f"has {numbers} numbers: it cannot predict noise and will draw noise; take a "
+                  "smaller patch, a wider network, or --prediction x0")
+
+
 def is_digits(spec):
     """Is this a network for the embedded digits? Method scripts measure only those."""
     arch = spec["arch"]
