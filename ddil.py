@@ -233,7 +233,8 @@ class Aggregated:
 # ---- Method: progressive distillation ----------------------------------------------------------
 
 
-def pd_target(teacher, schedule, z_t, cond, t, mid, u, prediction="v", project=None):  # noqa: PLR0913
+def pd_target(teacher, schedule, z_t, cond, t, mid, u,  # noqa: PLR0913
+              prediction="v", project=None):
     """x*: the x0 whose one DDIM step t -> u lands where the teacher's t -> mid -> u do."""
     C = z_t.shape[1]
     with torch.no_grad():

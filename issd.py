@@ -77,8 +77,8 @@ from solvers import PROJECTIONS, add_noise, ddim_step, make_schedule
 #                           nodes[n + 1], torch.randn_like(x0), lam=0.25)
 
 
-def issd_loss(student, teacher, schedule, x0, y, s, t, noise, lam, reading="teacher",  # noqa: PLR0913
-              prediction="eps", solver_net=None, project=None):
+def issd_loss(student, teacher, schedule, x0, y, s, t, noise, lam,  # noqa: PLR0913
+              reading="teacher", prediction="eps", solver_net=None, project=None):
     """Eq. 7 -> (loss, aux).
 
     student, teacher   net(x, t, y, tap). The network passes the output of every layer l = 0, 1, ...

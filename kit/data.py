@@ -13,15 +13,13 @@ and len(). `python -m kit.encode` makes caches of latents from images and prompt
 import itertools
 import json
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
+import fid
 from kit.cli import CACHE, UserError
 from kit.download import local_first
 from kit.processes import StepRandom, generator
@@ -241,33 +239,11 @@ def load_prompts(root):
 
 
 def read_image(path, size=None):
-    """An image file -> (H, W, 3) uint8. With `size`: cropped and scaled to (size, size, 3) as ADM
-    does. Raises UserError."""
+    """fid.read_image, which raises UserError here."""
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                raise ValueError(f"more than 8 bits per channel, mode {image.mode}")
-            image = image.convert("RGB")
-            return center_crop(image, size) if size else np.array(image)
-    except (OSError, ValueError, SyntaxError, struct.error, zlib.error,
-            Image.DecompressionBombError) as e:
-        raise UserError(f"image {path}: cannot be read ({e}); mend or remove it")
-
-
-def center_crop(image, size):
-    """ADM's crop of a PIL image -> (size, size, 3) uint8.
-
-    Halve the image with a box filter while its short side is at least 2 size, scale the short side
-    to size with a bicubic filter, cut out the middle.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    scaled = (round(image.width * scale), round(image.height * scale))
-    pixels = np.array(image.resize(scaled, Image.BICUBIC))
-    top = (pixels.shape[0] - size) // 2
-    left = (pixels.shape[1] - size) // 2
-    return pixels[top:top + size, left:left + size]
+        return fid.read_image(path, size)
+    except ValueError as e:
+        raise UserError(str(e))
 
 
 def to_float(x):

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 if not __package__:  # started as `python kit/encode.py`: what we import lies in the root, not here
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from fid import center_crop  # noqa: E402
 from kit import sampling  # noqa: E402
 from kit.cache import write_pieces  # noqa: E402
 from kit.cli import (  # noqa: E402
@@ -47,7 +48,6 @@ from kit.cli import (  # noqa: E402
 from kit.data import (  # noqa: E402
     ImageFolder,
     Latents,
-    center_crop,
     labels_of,
     load,
     one_thread,

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from small_data import Rank, first, folder, latents
 
+import fid
 import models
 from kit import checkpoints, data, sampling
 from kit.cache import fingerprint, synthetic_pool
@@ -54,7 +55,7 @@ def test_flips_and_labels_of_an_image_folder(tmp_path):
     mirrored, _ = d[(0, 1)]
     assert torch.equal(straight.flip(-1), mirrored)
     with Image.open(d.files[0][0]) as image:
-        want = data.center_crop(image, 8)
+        want = fid.center_crop(image, 8)
     np.testing.assert_array_equal(want, straight.permute(1, 2, 0).numpy())
     flat = data.load(str(tmp_path / "c0"), image_size=8)
     assert flat.classes == 0
@@ -66,7 +67,7 @@ def test_center_crop_is_adms():
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     image = Image.fromarray(pixels)
     want = np.array(image.resize((15, 10), Image.BOX).resize((12, 8), Image.BICUBIC))[:, 2:10]
-    np.testing.assert_array_equal(data.center_crop(image, 8), want)
+    np.testing.assert_array_equal(fid.center_crop(image, 8), want)
 
 
 def test_latents_are_sampled_from_their_posterior(tmp_path):

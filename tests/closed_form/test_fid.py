@@ -45,6 +45,20 @@ def test_closed_forms():
         fid.frechet_distance(m, A, m[:4], A[:4, :4])
 
 
+@pytest.mark.filterwarnings("ignore:a covariance of")
+def test_fewer_images_than_features():
+    """The features of n and m images, centered, are X (n, d) and Y (m, d). The trace of the root is
+    the sum of the singular values of X Y^T / sqrt((n - 1) (m - 1))."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(12, 40)) * np.linspace(0.01, 3, 40)
+    y = rng.normal(size=(9, 40)) + 0.3
+    m1, s1, m2, s2 = x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T)
+    root = np.linalg.norm((x - m1) @ (y - m2).T / (11 * 8) ** 0.5, "nuc")
+    want = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2) - 2 * root
+    assert fid.frechet_distance(m1, s1, m2, s2) == pytest.approx(want, rel=1e-9)
+    assert fid.square_root(torch.from_numpy(s1)).shape == (40, 11)
+
+
 def test_equals_scipy_and_takes_constant_features():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(300, 8))

@@ -16,6 +16,7 @@ from processes import python, script, workers
 from small_data import first, latents
 from stand_ins import extra, images, make, refused
 
+import fid
 import models
 from kit import checkpoints, data, encode, sampling
 from kit.cli import UserError
@@ -56,7 +57,7 @@ def test_images_become_latents(extra, capsys):
 
     for i in (0, 3, 4, 10):
         with Image.open(root / f"c{i // 6}" / f"{i:02d}.png") as image:
-            crop = data.center_crop(image, 8) / 127.5 - 1
+            crop = fid.center_crop(image, 8) / 127.5 - 1
         for flip, view in enumerate((crop, crop[:, ::-1])):
             mean = view.reshape(4, 2, 4, 2, 3).mean((1, 3)).transpose(2, 0, 1)
             np.testing.assert_allclose(x[i, flip, 0, :3], 0.5 * mean, atol=1e-3)

@@ -152,7 +152,7 @@ def test_copying_the_frechet_distance(capsys):
     rng = torch.Generator().manual_seed(0)
     a = torch.randn(50, 8, generator=rng)
     code = copied("frechet_distance").replace("2048", "8")
-    exec(code, {"features_a": a, "features_b": a + 1})
+    exec(code, {"features_a": a, "features_b": (a + 1).numpy()})
     assert float(capsys.readouterr().out) == pytest.approx(8, rel=1e-6)
     assert callable(frechet_distance)
 

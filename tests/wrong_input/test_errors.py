@@ -1,5 +1,6 @@
 """Bad input ends with one line that says what and how to mend it, exit code 2, and nothing lost."""
 import copy
+import multiprocessing
 import os
 import shutil
 import sys
@@ -319,7 +320,9 @@ def test_latents(fails, tmp_path, ckpt):
     np.savez(tmp_path / "tall.npz", np.zeros((3, 8, 6, 1), np.uint8))
     assert "want uint8 (N, H, H, C)" in fails("train", "--data", "tall.npz")
     x[:, 0, 0, 0, 0, 0] = np.nan
+    running = set(multiprocessing.active_children())
     assert "is not finite" in call("c", x)
+    assert set(multiprocessing.active_children()) <= running  # the loader's processes have ended
     (tmp_path / "c" / "labels.npy").write_bytes(b"x")
     assert "make it again" in fails("issd", *quick(ckpt), "--data", tmp_path / "c")
 
