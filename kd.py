@@ -58,11 +58,11 @@ from kit.base import (
     training_data,
 )
 from kit.cli import (
-    CACHE,
     UserError,
     add_base_arguments,
     add_data_arguments,
     add_run_arguments,
+    cache_folder,
     check_positive,
     make_parser,
     run_script,
@@ -252,9 +252,9 @@ def load_uncond(args, spec):
     """The second network of Eq. 4, which knows no classes. Raises UserError."""
     path = args.uncond
     if path.startswith("DDPM++"):
-        path = checkpoints.upstream_checkpoint(path, None, CACHE)
+        path = checkpoints.upstream_checkpoint(path, None, cache_folder())
     elif "://" in path:
-        path = download.fetch(path, CACHE, check=checkpoints.load_model, flag="--uncond")
+        path = download.fetch(path, cache_folder(), check=checkpoints.load_model, flag="--uncond")
     net, other = checkpoints.load_model(path)
     is_alike = all(other[k] == spec[k] for k in ("prediction", "schedule", "scale"))
     is_alike &= all(other["arch"][k] == spec["arch"][k] for k in ("in_channels", "input_size"))

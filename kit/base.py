@@ -1,10 +1,8 @@
 """What a method starts from: the base model and the training data."""
-from pathlib import Path
-
 import models
 from kit import checkpoints, data
 from kit.cache import synthetic_pool
-from kit.cli import CACHE, UserError, apply_defaults, check_cfg, check_positive, say
+from kit.cli import UserError, apply_defaults, cache_folder, check_cfg, check_positive, say
 from kit.plan import pool_size
 from kit.sampling import SampleOptions
 
@@ -54,7 +52,7 @@ def load_base(args, proc, make_teacher, prediction="eps"):
             folder += f"-{prediction}"
         path = make_teacher(folder, prediction=prediction)
     elif path is None:
-        path = checkpoints.upstream_checkpoint(args.model, args.image_size, CACHE)
+        path = checkpoints.upstream_checkpoint(args.model, args.image_size, cache_folder())
     say(proc, f"{role}: {path}")
     net, spec = checkpoints.load_model(path, args.model, args.image_size)
     return net, spec, str(path)
@@ -118,7 +116,7 @@ def training_data(args, denoise, spec, proc):
         say(proc, f"training data: {pool_size(args):,} samples of the base model itself, "
                   f"{nfe} steps, guidance {args.cfg:g}")
         options = SampleOptions(seed=args.seed, nfe=nfe, cfg=args.cfg)
-        source = synthetic_pool(denoise, spec, proc, Path(CACHE), pool_size(args), options)
+        source = synthetic_pool(denoise, spec, proc, cache_folder(), pool_size(args), options)
     dataset = data.load(source, spec["arch"]["input_size"], args.classes)
     data.check_fits(dataset, spec)
     return dataset, source

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kit.cli import CACHE, UserError, user_errors
+from kit.cli import UserError, cache_folder, user_errors
 from kit.download import fetch
 from models import CLASS_TABLE, DDPMPP, SIGMA_DATA, UNETS, build, make_arch
 
@@ -54,10 +54,15 @@ NOT_FETCHED = {
 #   scale         the factor of latents, None for pixels; a file with its own "scale_factor" wins
 #   cfg_interval  [low, high]: guidance acts at t within this interval only
 #   only_node     the one t for which a student was trained
+#   knows_null    whether the network has learned the null label, so that it can be guided
+#   w             [low, high]: the scales of guidance that it takes as an input; None: none
+#   reading       iSSD: whose features were fused in training (issd.py --reading)
+#   class_names   of its classes, in their order; None: not known
 #   null          the embedding of the empty prompt, (1, T, D)
 DIT_DEFAULTS = dict(prediction="eps", schedule="linear", scale=0.18215, grid=None, nfe=None,
                     cfg=1.5, cfg_interval=None, method=None, solver="ddim", threshold="off",
-                    only_node=None, null=None)
+                    only_node=None, null=None, knows_null=True, w=None,
+                    reading=None, class_names=None)
 SIT_SPEC = dict(prediction="velocity", schedule="interpolant")
 REPA_SPEC = dict(SIT_SPEC, cfg=1.8, cfg_interval=[0.0, 0.7])
 # 35 evaluations are 18 steps of Heun's method, upstream's for CIFAR-10.
@@ -456,7 +461,7 @@ def upstream_checkpoint(name, image_size, folder):
 
 def local_path(path, name=None, image_size=None):
     """Where the checkpoint is on this machine: a URL is fetched, once. Raises UserError."""
-    return _fetch_model(path, name, image_size, CACHE) if "://" in str(path) else path
+    return _fetch_model(path, name, image_size, cache_folder()) if "://" in str(path) else path
 
 
 def _fetch_model(url, name, image_size, folder):

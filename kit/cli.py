@@ -1,5 +1,6 @@
 """The command line: errors of one line, parsers, the flags that every training script shares."""
 import argparse
+import difflib
 import math
 import os
 import sys
@@ -11,8 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-# Downloads and pools of synthetic samples lie here.
-CACHE = Path(os.environ.get("MINDISTILL_CACHE", Path.home() / ".cache" / "mindistill"))
+import fid
 
 # These files can be copied alone, so they raise ValueError where their caller can mend something.
 COPYABLE = ("models", "solvers", "fid")
@@ -44,6 +44,12 @@ def user_errors():
         if isinstance(e, UserError) or not is_for_the_user(e):
             raise
         raise UserError(str(e))
+
+
+@user_errors()
+def cache_folder():
+    """Where downloads and pools of synthetic samples lie. Raises UserError."""
+    return fid.cache_folder()
 
 
 def run_script(main, args):
@@ -118,6 +124,15 @@ def say(proc, text):
 
 # ---- Parsers -----------------------------------------------------------------------------------
 
+# What other programs call our flags.
+ALIASES = {"lambda": "--lam", "epochs": "--steps", "iterations": "--steps", "max-steps": "--steps",
+           "bs": "--batch-size", "bsz": "--batch-size", "learning-rate": "--lr",
+           "learning_rate": "--lr", "guidance": "--cfg", "guidance-scale": "--cfg",
+           "cfg-scale": "--cfg", "num-steps": "--nfe", "sampling-steps": "--nfe",
+           "checkpoint": "--ckpt", "resume-from": "--ckpt", "output": "--out",
+           "output-dir": "--out", "data-path": "--data", "gradient-accumulation-steps":
+           "--accumulate", "fp16": "--amp", "bf16": "--amp", "n": "--num-samples"}
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Texts stand as they are written. A default that the help does not name is added to it."""
@@ -131,6 +146,39 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
+    """Its arguments have `given`, the names of those that stand on the command line."""
+
+    def parse_args(self, words=None, namespace=None):
+        words = sys.argv[1:] if words is None else words
+        args, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            self.error(self.explain_unknown(unknown))
+        args.given = self.names_given(words)
+        return args
+
+    def names_given(self, words):
+        """The names of the arguments that stand on the command line, as a frozenset."""
+        defaults = {action: action.default for action in self._actions}
+        try:
+            for action in self._actions:
+                action.default = argparse.SUPPRESS
+            given, _ = self.parse_known_args(words, argparse.Namespace())
+        finally:
+            for action, default in defaults.items():
+                action.default = default
+        return frozenset(vars(given))
+
+    def explain_unknown(self, words):
+        """What to say of words that are no flags of this script."""
+        known = [name for action in self._actions for name in action.option_strings]
+        word = words[0].split("=")[0]
+        close = ALIASES.get(word.lstrip("-"))
+        if close is None:
+            likely = difflib.get_close_matches(word.replace("_", "-"), known, 1)
+            close = likely[0] if likely else None
+        hint = f"; did you mean {close}?" if close in known else ""
+        return f"unrecognized arguments: {' '.join(words)}{hint}"
+
     def error(self, message):  # under torchrun only rank 0 complains about the command line
         if os.environ.get("RANK", "0") == "0":
             print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
@@ -211,13 +259,27 @@ def add_run_arguments(parser, out):
 
 
 def arguments(parser, **values):
-    """What the parser would return for these values: all other arguments have their defaults."""
+    """What the parser would return for these values: all other arguments have their defaults.
+
+    A value of None counts as not given.
+    """
     args = parser.parse_args([])
     for key, value in values.items():
         if not hasattr(args, key):
             raise TypeError(f"{parser.prog} has no argument {key}")
         setattr(args, key, value)
+    args.given = frozenset(key for key, value in values.items() if value is not None)
     return args
+
+
+def refuse_without_effect(args, names, reason):
+    """Raise UserError if one of the arguments `names` (a string of names) was given.
+
+    reason: why it has no effect here, as "without --w" or "for a model without classes".
+    """
+    for name in names.split():
+        if name in args.given:
+            raise UserError(f"{flag(name)} has no effect {reason}; leave it out")
 
 
 def apply_defaults(args, defaults):

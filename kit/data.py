@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import fid
-from kit.cli import CACHE, UserError
+from kit.cli import UserError, cache_folder
 from kit.download import local_first
 from kit.processes import StepRandom, generator
 
@@ -293,18 +293,19 @@ def load(name, image_size=256, classes=None):
 
 
 def _load_torchvision(name):
-    """One of torchvision's sets, downloaded once into CACHE. Raises UserError."""
+    """One of torchvision's sets, downloaded once into the cache folder. Raises UserError."""
     import torchvision
+    folder = cache_folder() / "data"
 
     def download():
         dataset = getattr(torchvision.datasets, TORCHVISION[name])
-        return dataset(CACHE / "data", train=True, download=True)
+        return dataset(folder, train=True, download=True)
 
     try:
         raw = local_first(download)
     except Exception as e:  # urllib's, zipfile's, torchvision's own RuntimeError of several lines
         reason = " ".join(str(e).split())
-        raise UserError(f"--data {name}: torchvision cannot fetch it into {CACHE / 'data'} "
+        raise UserError(f"--data {name}: torchvision cannot fetch it into {folder} "
                         f"({reason}); put its files there yourself")
     x = np.asarray(raw.data)
     x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)

@@ -490,7 +490,7 @@ def open_out_folder(args, proc):
 def plain_arguments(args):
     """The arguments as numbers and strings, for checkpoints and logs."""
     plain = (int, float, str, bool, type(None))
-    return {k: v if isinstance(v, plain) else str(v) for k, v in vars(args).items()}
+    return {k: v if isinstance(v, plain) else str(v) for k, v in vars(args).items() if k != "given"}
 
 
 def write_checkpoint(path, held):

@@ -98,7 +98,7 @@ def test_torchvision_sets_are_read_by_their_own_loaders(tmp_path, monkeypatch, n
     for part in ("train", "t10k"):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(images)
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(labels)
-    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setenv("MINDISTILL_CACHE", str(tmp_path))
     d = data.load(name)
     assert d.shape == (1, 28, 28)
     assert d.classes == 10

@@ -179,7 +179,7 @@ def test_torchvisions_data_sets(server, tmp_path, monkeypatch, server_is):
     mirror = server.replace("x.pt", "")
     monkeypatch.setattr(mnist, "resources", hashes)
     monkeypatch.setattr(mnist, "mirrors", [NOWHERE if server_is == "absent" else mirror])
-    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setenv("MINDISTILL_CACHE", str(tmp_path))
     monkeypatch.setattr(download, "TIMEOUT", 0.3)
 
     def good(self):
@@ -229,7 +229,7 @@ def test_torchvisions_weights(server, tmp_path, monkeypatch, server_is):
 
 def test_the_command_fetches_its_base_model(server, fails, tmp_path, tiny, monkeypatch):
     cache = tmp_path / "cache"
-    monkeypatch.setattr(checkpoints, "CACHE", cache)
+    monkeypatch.setenv("MINDISTILL_CACHE", str(cache))
     whole = file_of(tiny)
     Server.body = whole
     Server.cut = 1000
@@ -248,7 +248,7 @@ def test_the_command_fetches_its_base_model(server, fails, tmp_path, tiny, monke
 
 
 def test_every_script_takes_a_url(server, tmp_path, ckpt, monkeypatch):
-    monkeypatch.setattr(checkpoints, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("MINDISTILL_CACHE", str(tmp_path / "cache"))
     Server.body = Path(ckpt).read_bytes()
     inside("sample.py", "--ckpt", server, "--num-samples", 2, "--nfe", 2,
            "--out", tmp_path / "x.npz")

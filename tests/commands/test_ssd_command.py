@@ -19,7 +19,7 @@ from processes import workers
 from tiny_networks import unet_arch
 
 import models
-from kit import base, cache, checkpoints, data
+from kit import cache, checkpoints, data
 from kit.cli import UserError
 from kit.processes import Processes, generator
 from kit.run import Log
@@ -113,7 +113,7 @@ def test_t_zero_is_a_time_of_a_velocity_model(tmp_path, flow):
 
 
 def test_it_trains_on_its_own_samples_and_tells_the_plan(tmp_path, ckpt, tiny, monkeypatch):
-    monkeypatch.setattr(base, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("MINDISTILL_CACHE", str(tmp_path / "cache"))
     out = run("--ckpt", ckpt, *"--nfe 4 --data synthetic:3 --steps 2".split(), *COMMON,
               "--out", tmp_path / "x")
     assert len(losses(tmp_path / "x")) == 2
