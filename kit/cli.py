@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def cache_folder():
 def run_script(main, args):
     """Call main(args). What the user can mend becomes one line from one rank and exit code 2."""
     code = 0
+    warnings.formatwarning = fid.short_warning
+    if os.environ.get("RANK", "0") != "0":
+        warnings.simplefilter("ignore")
     try:
         main(args)
     except SystemExit as e:
@@ -221,7 +225,15 @@ def add_data_arguments(parser, data, default=None):
     group = parser.add_argument_group("data")
     group.add_argument("--data", default=default, help=data)
     group.add_argument("--classes", type=int,
-                       help="number of classes, where the data does not tell")
+                       help="number of classes, where neither an .npz nor a checkpoint tells it")
+    group.add_argument("--trust-labels", action="store_true",
+                       help="label i of the data is the network's class i; else labels are "
+                            "matched by the classes' names, and fewer classes than the network "
+                            "knows are refused where names are not known")
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction,
+                       help="mirror half of the images (default: only CIFAR-10's and ImageNet's)")
+    group.add_argument("--workers", type=int, metavar="N",
+                       help="processes that read images or latents (default: 4 and 2; 0: none)")
 
 
 def add_run_arguments(parser, out):
@@ -248,8 +260,11 @@ def add_run_arguments(parser, out):
     group.add_argument("--grad-checkpointing", action="store_true",
                        help="compute the blocks' activations again in the backward pass: "
                             "one more forward of the student, much less memory")
+    group.add_argument("--sample-batch-size", type=int, metavar="N",
+                       help="samples at once where the script samples: pools, tables, pictures "
+                            "(default: by the network's size)")
     group.add_argument("--amp", choices=["auto", "bf16", "off"], default="auto",
-                       help="autocast of network calls; auto: bf16 on a GPU")
+                       help="autocast of network calls; auto: bf16 on a GPU that has it")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction,
                        help="torch.compile each block (default: on GPUs, in runs of at least "
                             "1,000 steps without --grad-checkpointing)")
@@ -290,7 +305,7 @@ def apply_defaults(args, defaults):
 
 
 POSITIVE = ("steps", "batch_size", "lr", "log_every", "save_every", "save_minutes", "image_size",
-            "classes")
+            "classes", "sample_batch_size")
 
 
 def check_positive(args, *names):
@@ -301,6 +316,14 @@ def check_positive(args, *names):
             raise UserError(f"{flag(name)} {value}: must be positive")
     if getattr(args, "sample_every", 0) < 0:
         raise UserError(f"--sample-every {args.sample_every}: must not be negative")
+    if getattr(args, "workers", None) is not None:
+        check_workers(args)
+
+
+def check_workers(args):
+    """Raise UserError unless --workers is 0, positive or not given."""
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers {args.workers}: must not be negative")
 
 
 def check_cfg(cfg):

@@ -2,21 +2,30 @@
 
 A data set here has
 
-    shape    (C, H, W)
-    classes  K; label K is the null one, K = 0 stands for no classes
-    scale    None for pixels, which lie in [-1, 1]; else the factor that latents were multiplied by
-    text     None, or (tokens, dim) of its embedded captions
-    name     as --data gives it
+    shape        (C, H, W)
+    classes      K; label K is the null one, K = 0 stands for no classes
+    class_names  of the classes, a list, where the data tells them; else None
+    scale        None for pixels, which lie in [-1, 1]; else the factor of latents
+    text         None, or (tokens, dim) of its embedded captions
+    flip         whether half of what is read is mirrored
+    workers      processes that read
+    name         as --data gives it
+    identity     what a later launch compares: a dict of numbers and names
 
 and len(). `python -m kit.encode` makes caches of latents from images and prompts.
 """
 import itertools
 import json
 import os
+import signal
+import warnings
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import fid
@@ -27,6 +36,7 @@ from kit.processes import StepRandom, generator
 ASSETS = Path(__file__).parents[1] / "assets"
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}  # of images
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
 # ---- Data sets ---------------------------------------------------------------------------------
@@ -35,18 +45,19 @@ TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CI
 class Pixels:
     """Images held in memory, on the training device once they are used.
 
-    x: (N, C, H, W) uint8. y: (N,) labels. flip: whether half of what is read is mirrored.
+    x: (N, C, H, W) uint8. y: (N,) labels.
     """
 
     scale = None
     text = None
     workers = 0
+    flip = False
 
-    def __init__(self, x, y, classes, flip, name):
+    def __init__(self, x, y, classes, name, class_names=None):
         self.x = torch.as_tensor(x)
         self.y = torch.as_tensor(y).long()
         self.classes = classes
-        self.flip = flip
+        self.class_names = class_names
         self.name = name
         self.shape = tuple(self.x.shape[1:])
 
@@ -62,36 +73,44 @@ class Pixels:
             self.x = self.x.to(index.device)
             self.y = self.y.to(index.device)
         x = to_float(self.x[index])
-        if self.flip:
-            x = torch.where(flip.bool().view(-1, 1, 1, 1), x.flip(-1), x)
+        x = torch.where(flip.bool().view(-1, 1, 1, 1), x.flip(-1), x)
         return x, self.y[index]
+
+    def content(self):
+        """Bytes that change when the images do: those of at most 10,000 of them."""
+        step = len(self.x) // 10_000 + 1
+        return self.x[::step].contiguous().numpy()
 
 
 class ImageFolder(torch.utils.data.Dataset):
     """Images below a folder, cropped as ADM does.
 
-    Sub-folders are classes, in alphabetical order. Without sub-folders there are no classes (K = 0)
-    and every label is the null one.
+    Sub-folders are classes, in alphabetical order; where all names are numbers, in the order of the
+    numbers. Without sub-folders there are no classes (K = 0) and every label is the null one.
+    size: None takes the images' own, see own_size().
     """
 
     scale = None
     text = None
     workers = 4
-    flip = True
+    flip = False
 
-    def __init__(self, root, size):
+    def __init__(self, root, size=None):
         self.name = str(root)
-        self.size = size
-        self.shape = (3, size, size)
         _, folders, beside = next(list_folder(root))
         if folders and beside:
             raise UserError(f"--data {root}: {beside[0]} lies beside folders, which are classes; "
                             "move it into one, or away")
+        _refuse_splits(root, folders)
+        folders = in_order(folders)
         self.classes = len(folders)
+        self.class_names = folders or None
         self.files = []  # pairs of path and label
         for label, folder in enumerate(folders or [""]):
             for file in image_files(Path(root, folder)):
                 self.files.append((file, label))
+        self.size = size or own_size([file for file, _ in self.files])
+        self.shape = (3, self.size, self.size)
 
     def __len__(self):
         return len(self.files)
@@ -108,13 +127,17 @@ class ImageFolder(torch.utils.data.Dataset):
         """A batch of what __getitem__ returns, on the device -> float32 in [-1, 1]."""
         return to_float(x)
 
+    def content(self):
+        """Bytes that change when the names of the images do."""
+        return repr([os.path.relpath(file, self.name) for file, _ in self.files]).encode()
+
 
 class Latents(torch.utils.data.Dataset):
     """Cached latents, memory-mapped.
 
         latents.npy  (N, F, S, C, H, W), already multiplied by scale
         labels.npy   (N,)
-        meta.json    {"classes", "scale"}
+        meta.json    {"classes", "scale"}, and "class_names" where they are known
 
     F = 2 holds the latent of the image and of its mirror image; F = 1: of the image only.
     S = 2 holds mean and standard deviation of the autoencoder's posterior, which is sampled each
@@ -127,7 +150,7 @@ class Latents(torch.utils.data.Dataset):
     """
 
     workers = 2
-    flip = True
+    flip = False
 
     def __init__(self, root):
         self.name = str(root)
@@ -137,17 +160,32 @@ class Latents(torch.utils.data.Dataset):
             raise UserError(f"--data {root}: cannot be read ({e}); make it again")
         self._check()
         self.shape = self.x.shape[3:]
+        self._check_numbers()
+
+    def __getstate__(self):
+        """What a process that reads gets: it opens the files itself, where they are many GB."""
+        return {k: v for k, v in vars(self).items() if k not in ("x", "embeddings")}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._map(Path(self.name))
+
+    def _map(self, root):
+        """The arrays that stay on the disk."""
+        self.x = np.load(root / "latents.npy", mmap_mode="r")
+        if (root / "embeddings.npy").exists():
+            self.embeddings, self.null = load_prompts(root)
 
     def _open(self, root):
-        self.x = np.load(root / "latents.npy", mmap_mode="r")
+        self.null = None
+        self._map(root)
         self.y = np.load(root / "labels.npy")
         meta = json.loads((root / "meta.json").read_text())
         self.classes = int(meta["classes"])
+        self.class_names = meta.get("class_names")
         self.scale = None if meta["scale"] is None else float(meta["scale"])
         self.text = None
-        self.null = None
-        if (root / "embeddings.npy").exists():
-            self.embeddings, self.null = load_prompts(root)
+        if self.null is not None:
             self.classes = 0
             self.text = tuple(self.null.shape[1:])
 
@@ -164,8 +202,28 @@ class Latents(torch.utils.data.Dataset):
             raise UserError(f"--data {self.name}: labels.npy names rows that embeddings.npy with "
                             f"its {len(self.embeddings)} does not have; make it again")
 
+    def _check_numbers(self):
+        """Look at 256 entries: refuse what cannot be, warn of what is unlikely."""
+        step = len(self.x) // 256 + 1
+        some = np.array(self.x[::step, 0], np.float32)               # (n, S, C, H, W)
+        mean, std = some[:, 0], some[:, 1:]
+        if (std < 0).any():
+            raise UserError(f"--data {self.name}: standard deviations, the second entry of axis 2 "
+                            "of latents.npy, are negative; if they are logarithms of variances, "
+                            "store exp(0.5 * logvar) there")
+        variance = mean.astype(np.float64).var() + np.square(std).sum() / mean.size
+        spread = variance ** 0.5
+        if self.scale and np.isfinite(spread) and not 0.3 < spread < 3:
+            warnings.warn(f"--data {self.name}: the latents have a standard deviation of "
+                          f"{spread:.2g} and networks expect about 1; are they multiplied by "
+                          f"their scale, {self.scale:g}?", stacklevel=2)
+
     def __len__(self):
         return len(self.x)
+
+    def content(self):
+        """Nothing: a pool that is made again differs in its last bits."""
+        return b""
 
     def __getitem__(self, item):
         """item: (index, flip) -> ((S, C, H, W) float32, label or embedding (T, D) float32)."""
@@ -196,7 +254,7 @@ def digits():
     with np.load(ASSETS / "digits8.npz") as f:
         x, y = f["x"], f["y"]
     x = np.round(x[:, None] * (255 / 16)).astype(np.uint8)
-    return Pixels(x, y, 10, flip=False, name="digits")
+    return Pixels(x, y, 10, "digits", [str(k) for k in range(10)])
 
 
 # ---- Files -------------------------------------------------------------------------------------
@@ -222,6 +280,44 @@ def image_files(folder):
         endings = ", ".join(sorted(ENDINGS))
         raise UserError(f"{folder}: no images there (looked for {endings})")
     return sorted(files)
+
+
+def in_order(folders):
+    """Names of class folders as labels count them: numbers by their value, else the alphabet."""
+    if all(name.isdecimal() for name in folders):
+        return sorted(folders, key=lambda name: (int(name), name))
+    return sorted(folders)
+
+
+def _refuse_splits(root, folders):
+    """Raise UserError where the folders are train/ and val/, not classes."""
+    named = [name for name in folders if name.lower() in SPLITS]
+    deep = [name for name in named if next(list_folder(Path(root, name)))[1]]
+    if named and (deep or len(named) == len(folders)):
+        train = [name for name in named if name.lower().startswith("train")]
+        part = (train or deep or named)[0]
+        raise UserError(f"--data {root}: its folders ({', '.join(folders[:4])}) look like parts "
+                        f"of a data set, not like classes; give --data {Path(root, part)}")
+
+
+def own_size(files):
+    """The size of square crops where --image-size does not say it: the short side of the images
+    where 100 of them agree and have less than 256 pixels, else 256."""
+    sides = set()
+    for file in files[::len(files) // 100 + 1]:
+        sides.add(min(image_size(file)))
+    if len(sides) == 1:
+        return min(256, *sides)
+    return 256
+
+
+def image_size(path):
+    """(width, height) of an image file. Raises UserError."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError) as e:
+        raise UserError(f"image {path}: cannot be read ({e}); mend or remove it")
 
 
 def load_prompts(root):
@@ -267,13 +363,15 @@ def check_name(name):
                         "nor a folder nor an .npz")
 
 
-def load(name, image_size=256, classes=None):
+def load(name, image_size=None, classes=None, flip=None, workers=None):
     """The data set that --data NAME means. Raises UserError.
 
     name        digits, mnist, fashion-mnist, cifar10, a folder of images, an .npz of images as
                 sample.py writes it, or a folder of cached latents
-    image_size  to which a folder's images are cropped
-    classes     for a data set that does not show all of its classes; data without labels has none
+    image_size  to which a folder's images are cropped; None: see own_size()
+    classes     of an .npz with labels, which may not show all of its classes
+    flip        whether half of what is read is mirrored; None: as default_flip() says
+    workers     processes that read images or latents; None: 4 and 2
     """
     check_name(name)
     if name == "digits":
@@ -285,11 +383,72 @@ def load(name, image_size=256, classes=None):
     elif Path(name).is_dir():
         data = ImageFolder(name, image_size)
     else:
-        data = _load_npz(name)
+        data = _load_npz(name, classes)
     if data.classes:
-        data.classes = classes or data.classes
         _check_labels(data)
+    data.flip = default_flip(data) if flip is None else flip
+    if isinstance(data, Latents) and data.x.shape[1] == 1:
+        if flip:
+            raise UserError(f"--data {name}: holds no latents of mirror images; leave --flip out, "
+                            "or encode the images with python -m kit.encode")
+        data.flip = False
+    if workers is not None and not isinstance(data, Pixels):
+        data.workers = workers
+    data.identity = _identity(data)
     return data
+
+
+def default_flip(data):
+    """Whether training mirrors images unless it is told: CIFAR-10 and ImageNet, as the papers'
+    networks were trained; nothing else, since text, digits or organs have a left and a right."""
+    if data.class_names:
+        return set(data.class_names) <= imagenet_names() or data.name == "cifar10"
+    return isinstance(data, Latents) and data.classes == 1000
+
+
+def imagenet_names():
+    """The names of ImageNet's 1,000 class folders, a set."""
+    return set((ASSETS / "imagenet_synsets.txt").read_text().split())
+
+
+def _identity(data):
+    """What tells one data set from another: numbers, names, and a hash of its content."""
+    content = zlib.crc32(data.content())
+    content = zlib.crc32(np.ascontiguousarray(labels_of(data), np.int64), content)
+    return {"count": len(data), "classes": data.classes, "class_names": data.class_names,
+            "content": f"{content:08x}"}
+
+
+def what_changed(before, now):
+    """In words, how a data set differs from what it was: two identities -> a text, or None."""
+    old, new = before["class_names"] or [], now["class_names"] or []
+    if old != new:
+        gone = [name for name in old if name not in new]
+        more = [name for name in new if name not in old]
+        if not gone and not more:
+            return f"its classes have another order: {shorten(old)}, now {shorten(new)}"
+        parts = [f"it lacks the class {shorten(gone)}"] if gone else []
+        parts += [f"it has the new class {shorten(more)}"] if more else []
+        return " and ".join(parts)
+    for key, what in (("classes", "classes"), ("count", "entries")):
+        if before[key] != now[key]:
+            return f"it had {before[key]:,} {what} and has {now[key]:,}"
+    if before["content"] != now["content"]:
+        return "it holds other files, images or labels"
+    return None
+
+
+def shorten(names, most=4):
+    """A few names of a list, as text."""
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
+
+
+def summary(data):
+    """One line about the data that a training script prints."""
+    classes = f", {data.classes} classes" if data.classes else ""
+    size = "x".join(map(str, data.shape))
+    mirrored = "half of them mirrored (--no-flip)" if data.flip else "not mirrored (--flip)"
+    return f"data: {data.name}, {len(data):,} of {size}{classes}, {mirrored}"
 
 
 def _load_torchvision(name):
@@ -309,13 +468,14 @@ def _load_torchvision(name):
                         f"({reason}); put its files there yourself")
     x = np.asarray(raw.data)
     x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
-    return Pixels(x, raw.targets, 10, flip=name == "cifar10", name=name)
+    names = [str(k) for k in range(10)]  # MNIST's own say "0 - zero"
+    return Pixels(x, raw.targets, 10, name, names if name == "mnist" else list(raw.classes))
 
 
-def _load_npz(path):
+def _load_npz(path, classes=None):
     """Images in an .npz, as ADM and sample.py write it: arr_0 uint8 NHWC, arr_1 labels or absent.
 
-    Raises UserError.
+    classes: how many there are; None: as many as the labels show. Raises UserError.
     """
     try:
         with np.load(path) as f:
@@ -328,9 +488,9 @@ def _load_npz(path):
                              "want uint8 (N, H, H, C) and integers (N,)")
     except Exception as e:  # a damaged file fails in as many ways as there are members
         raise UserError(f"--data {path}: cannot be read ({str(e)[:160]}); make it again")
-    classes = int(y.max(initial=-1)) + 1
-    labels = y if len(y) else np.zeros(len(x))
-    return Pixels(x.transpose(0, 3, 1, 2), labels, classes, flip=True, name=path)
+    if not len(y):
+        return Pixels(x.transpose(0, 3, 1, 2), np.zeros(len(x)), 0, path)
+    return Pixels(x.transpose(0, 3, 1, 2), y, classes or int(y.max()) + 1, path)
 
 
 def labels_of(data):
@@ -352,24 +512,62 @@ def _check_labels(data):
 # ---- Data and network --------------------------------------------------------------------------
 
 
-def check_fits(data, spec):
+def check_fits(data, spec, trust_labels=False):
     """Raise UserError unless a network with this spec can train on this data.
 
-    Where the data has no labels, or none that the network knows, each label becomes the network's
-    null label.
+    Labels become the network's: by the names of the classes where both sides know them. Where the
+    data has no labels, or none that the network knows, each label becomes the null label.
+    trust_labels: label i of the data is the network's class i, whatever the names (--trust-labels).
     """
     arch = spec["arch"]
+    _check_scale(data, spec["scale"])
     want = (arch["in_channels"], arch["input_size"], arch["input_size"])
     if tuple(data.shape) != want:
         raise UserError(f"--data {data.name} has shape {tuple(data.shape)}, "
                         f"the network wants {want}")
-    _check_scale(data, spec["scale"])
-    if data.classes > spec["classes"] > 0:
+    _check_captions(data, arch)
+    if data.text:
+        return
+    if 0 in (data.classes, spec["classes"]):
+        _replace_labels(data, [spec["classes"]] * max(data.classes, 1))
+    else:
+        _replace_labels(data, _class_numbers(data, spec, trust_labels))
+
+
+def _class_numbers(data, spec, trust_labels):
+    """The network's class for every label of the data, a list of numbers. Raises UserError."""
+    names, known = data.class_names, spec.get("class_names")
+    if data.classes > spec["classes"]:
         raise UserError(f"--data {data.name} has {data.classes} classes, "
                         f"the network knows {spec['classes']}")
-    _check_captions(data, arch)
-    if 0 in (data.classes, spec["classes"]) and not data.text:
-        _replace_labels(data, spec["classes"])
+    if trust_labels:
+        return _trusted_numbers(data, spec)
+    if names and known:
+        strange = [name for name in names if name not in known]
+        if strange:
+            raise UserError(f"--data {data.name}: the network knows no class {shorten(strange)} "
+                            f"(it knows {shorten(known)}); rename the folders, or add "
+                            "--trust-labels where label i means the network's class i")
+        return [known.index(name) for name in names]
+    if data.classes < spec["classes"]:
+        whose = "the network's" if names else "the data's"
+        raise UserError(f"--data {data.name} shows {data.classes} of the network's "
+                        f"{spec['classes']} classes, and the names of {whose} classes are not "
+                        "known, so that labels may mean others; add --trust-labels where label i "
+                        "means the network's class i")
+    return list(range(data.classes))
+
+
+def _trusted_numbers(data, spec):
+    """_class_numbers() with --trust-labels: folders whose names are numbers mean these numbers."""
+    names = data.class_names
+    if not names or not all(name.isdecimal() for name in names):
+        return list(range(data.classes))
+    numbers = [int(name) for name in names]
+    if max(numbers) >= spec["classes"] or len(set(numbers)) < len(numbers):
+        raise UserError(f"--data {data.name}: the folder names {shorten(names)} are no numbers of "
+                        f"the network's classes, 0 to {spec['classes'] - 1}; rename them")
+    return numbers
 
 
 def _check_scale(data, scale):
@@ -379,9 +577,13 @@ def _check_scale(data, scale):
         differ = abs(data.scale / scale - 1) > 1e-3
     if not differ:
         return
-    holds = f"latents times {data.scale:g}" if data.scale else "images"
+    if data.scale is None:
+        raise UserError(f"--data {data.name} holds images, the network wants latents times "
+                        f"{scale:g}; encode them first: python -m kit.encode --data {data.name} "
+                        "--out LATENTS")
     wants = "images" if scale is None else f"latents times {scale:g}"
-    raise UserError(f"--data {data.name} holds {holds}, the network wants {wants}")
+    raise UserError(f"--data {data.name} holds latents times {data.scale:g}, the network wants "
+                    f"{wants}")
 
 
 def _check_captions(data, arch):
@@ -397,12 +599,14 @@ def _check_captions(data, arch):
                         f"the network wants {arch['context_dim']}")
 
 
-def _replace_labels(data, label):
-    """Give every sample this label."""
+def _replace_labels(data, numbers):
+    """Give every sample with label i the label numbers[i]."""
     if isinstance(data, ImageFolder):
-        data.files = [(file, label) for file, _ in data.files]
+        data.files = [(file, numbers[label]) for file, label in data.files]
+    elif isinstance(data, Pixels):
+        data.y = torch.tensor(numbers)[data.y]
     else:
-        data.y = data.y * 0 + label
+        data.y = np.array(numbers)[data.y]
 
 
 # ---- Batches -----------------------------------------------------------------------------------
@@ -418,25 +622,26 @@ def batches(data, proc, seed, batch, start):
     x0  (B / world, C, H, W) float32
     y   (B / world,) long; of data with captions (B / world, T, D) float32
     """
-    plan = _plan_batches(len(data), proc, seed, batch, start)
+    plan = _plan_batches(data, proc, seed, batch, start)
     if data.workers == 0:
         for index, flip in plan:
             index = torch.as_tensor(index).to(proc.device, non_blocking=True)
             yield data.take(index, flip.to(proc.device, non_blocking=True))
     items = (list(zip(index, flip.tolist())) for index, flip in plan)
     loader = DataLoader(data, batch_sampler=items, num_workers=min(data.workers, os.cpu_count()),
-                        pin_memory=proc.device.type == "cuda", worker_init_fn=one_thread)
+                        pin_memory=proc.device.type == "cuda", worker_init_fn=start_worker)
     for step, (x, y) in zip(itertools.count(start), unwrap_worker_errors(loader)):
         x = x.to(proc.device, non_blocking=True)
         y = y.to(proc.device, non_blocking=True)
         yield data.finish(x, StepRandom(proc, (seed << 8) + 1, step, batch)), y
 
 
-def _plan_batches(length, proc, seed, batch, start):
+def _plan_batches(data, proc, seed, batch, start):
     """Endless (indices, flips) of this rank's rows of the global batches from step `start` on.
 
-    indices: a list of B / world numbers below length. flips: (B / world,) of 0 and 1.
+    indices: a list of B / world numbers below len(data). flips: (B / world,) of 0 and 1.
     """
+    length = len(data)
     epoch = -1
     order = None
     for step in itertools.count(start):
@@ -447,22 +652,63 @@ def _plan_batches(length, proc, seed, batch, start):
                 rng = generator("cpu", seed, epoch, 2)
                 order = torch.randperm(length, generator=rng).tolist()
             index.append(order[position % length])
-        flips = torch.randint(0, 2, (batch,), generator=generator("cpu", seed, step, 3))
+        flips = torch.zeros(batch, dtype=torch.long)
+        if data.flip:
+            flips.random_(0, 2, generator=generator("cpu", seed, step, 3))
         yield proc.take_share(index), proc.take_share(flips)
 
 
 def unwrap_worker_errors(loader):
-    """The loader's items. A UserError in a worker comes without the traceback around it."""
+    """The loader's items. An error in a worker comes as one line, without the traceback."""
     try:
-        yield from loader
+        with signals_held():
+            items = iter(loader)
+        yield from items
         return
     except UserError as e:
-        last_line = str(e).strip().splitlines()[-1]
+        line = str(e).strip().splitlines()[-1].split("UserError: ")[-1]
+        e.__traceback__ = None
+    except (RuntimeError, OSError) as e:
+        line = _explain_lost_worker(str(e))
+        if line is None:
+            raise
         e.__traceback__ = None
     # important! Nothing keeps the loader's frames any longer, so that its processes end now.
-    raise UserError(last_line.split("UserError: ")[-1])
+    raise UserError(line)
 
 
-def one_thread(worker):
-    """worker_init_fn of a DataLoader whose processes share the CPU's cores."""
+def _explain_lost_worker(text):
+    """What to say when a process that reads data has ended; None: something else went wrong."""
+    if any(sign in text for sign in ("shared memory", "Bus error", "/torch_", "/dev/shm")):
+        return ("the processes that read data find too little shared memory (/dev/shm); give "
+                "--workers 0, or make it larger (docker run --shm-size 8g)")
+    if "DataLoader worker" in text:
+        return (f"a process that reads data has ended ({text.splitlines()[0][:100]}); there may "
+                "be too little memory: give fewer --workers, or 0")
+    return None
+
+
+@contextmanager
+def signals_held():
+    """Processes that start here get no SIGTERM and no Ctrl-C before start_worker() ignores them.
+    What comes meanwhile reaches this process afterwards."""
+    numbers = {signal.SIGTERM, signal.SIGINT}
+    before = None
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_worker(worker):
+    """worker_init_fn of a DataLoader whose processes share the CPU's cores.
+
+    A signal for the whole group, as batch systems and Ctrl-C send it, must not end them: the
+    training process saves first and then ends them.
+    """
     torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

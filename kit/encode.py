@@ -40,6 +40,7 @@ from kit.cache import write_pieces  # noqa: E402
 from kit.cli import (  # noqa: E402
     UserError,
     check_positive,
+    check_workers,
     flag,
     make_parser,
     run_script,
@@ -50,7 +51,7 @@ from kit.data import (  # noqa: E402
     Latents,
     labels_of,
     load,
-    one_thread,
+    start_worker,
     to_float,
     to_uint8,
     unwrap_worker_errors,
@@ -175,6 +176,7 @@ class Source:
 
     data: object  # a pixel data set, or None
     size: int     # to which the images are cropped and scaled, or None
+    workers: int  # processes that read them
     names: list   # of the images
     texts: list   # the prompts
     labels: list  # for every image: its class, or the index of its caption in texts
@@ -201,7 +203,7 @@ def open_source(args):
     """The Source that the arguments name. Raises UserError."""
     if not args.data and not args.prompts:
         raise UserError("encode what? Name images with --data, prompts with --prompts, or both")
-    data = load(args.data, args.image_size or 256) if args.data else None
+    data = load(args.data, args.image_size, workers=args.workers) if args.data else None
     if isinstance(data, Latents):
         raise UserError(f"--data {args.data} holds latents already")
     size = None
@@ -213,7 +215,8 @@ def open_source(args):
         texts, labels = read_prompts(args.prompts, data)
     else:
         texts, labels = [], labels_of(data).tolist()
-    return Source(data, size, names, texts, labels)
+    workers = min(4, os.cpu_count()) if args.workers is None else args.workers
+    return Source(data, size, workers, names, texts, labels)
 
 
 def names_of(data):
@@ -278,6 +281,7 @@ def main(args):
     proc = Processes(args.amp)
     out = Path(args.out)
     check_positive(args, "batch_size", "image_size", "scale")
+    check_workers(args)
     source = open_source(args)
     asked = {"vae": args.vae if source.data else None, "image_size": source.size,
              "scale": args.scale, "text_encoder": args.text_encoder if source.texts else None,
@@ -312,7 +316,9 @@ def main(args):
         for name, file in arrays.items():
             os.replace(file, out / f"{name}.npy")
         classes = source.data.classes if source.data and not source.texts else 0
-        meta = {"classes": classes, "scale": scale, "asked": asked, "rows": rows}
+        names = source.data.class_names if classes else None
+        meta = {"classes": classes, "class_names": names, "scale": scale, "asked": asked,
+                "rows": rows}
         write_text(out / "meta.json", json.dumps(meta))
         (out / "begun.json").unlink()
     proc.barrier()
@@ -359,8 +365,7 @@ def write_latents(proc, out, source, vae, scale, batch_size):
         return scale * torch.stack(views, 1)                            # (B, F, S, C, h, w)
 
     crops = Crops(source.data, source.size)
-    workers = min(4, os.cpu_count())
-    produce = encode_chunks(proc, crops, batch_size, workers, encode, "images")
+    produce = encode_chunks(proc, crops, batch_size, source.workers, encode, "images")
     return write_pieces(proc, out, "latents", source.names, produce)
 
 
@@ -387,7 +392,7 @@ def encode_chunks(proc, items, batch, workers, encode, desc):
         for chunk in chunks:
             batches.extend(chunk[i:i + batch] for i in range(0, len(chunk), batch))
         loader = unwrap_worker_errors(DataLoader(items, batch_sampler=batches, num_workers=workers,
-                                                 worker_init_fn=one_thread))
+                                                 worker_init_fn=start_worker))
         with progress_bar(proc, sum(map(len, chunks)), desc) as progress:
             for chunk in chunks:
                 parts = []
@@ -424,6 +429,8 @@ def parser():
     group.add_argument("--out", required=True, help="the folder to make")
     group.add_argument("--batch-size", type=int, default=32,
                        help="images or prompts per forward and process")
+    group.add_argument("--workers", type=int,
+                       help="processes that read images (default: 4; 0: none)")
     group.add_argument("--amp", choices=["auto", "bf16", "off"], default="off",
                        help="autocast of the encoders (default: off, float32)")
     return p

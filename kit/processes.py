@@ -5,6 +5,7 @@ CPU, nccl on GPUs).
 """
 import ctypes
 import os
+import platform
 import sys
 from contextlib import nullcontext, suppress
 from datetime import timedelta
@@ -17,7 +18,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from kit.cli import UserError
+from kit.cli import UserError, say
 
 # ---- Processes ---------------------------------------------------------------------------------
 
@@ -33,26 +34,54 @@ class Processes:
     """
 
     def __init__(self, amp="auto"):
+        refuse_lonely_tasks()
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.is_main = self.rank == 0
         self.part = (0, 1)
+        self.compiles = None  # not tried yet
         cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))
+        self.device = torch.device("cpu")
         if cuda:
-            gpus = torch.cuda.device_count()
-            if self.local_rank >= gpus:
-                raise UserError(f"--nproc_per_node is larger than this machine's {gpus} GPUs")
+            self.device = torch.device("cuda", self.choose_gpu())
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
         elif sys.platform == "linux":
             keep_freed_memory()
-        self.bf16 = amp == "bf16" or (amp == "auto" and cuda and torch.cuda.is_bf16_supported())
+        has_bf16 = cuda and has_bf16_in_hardware(self.device)
+        self.bf16 = amp == "bf16" or (amp == "auto" and has_bf16)
+        if not hasattr(Processes, "has_said"):
+            Processes.has_said = True
+            self.say_what_is_not_used(amp, cuda, has_bf16)
+
+    def choose_gpu(self):
+        """The index of this process's GPU: its local rank, or 0 where each task sees its own GPU
+        alone. Raises UserError where two processes would share one."""
+        gpus = torch.cuda.device_count()
+        index = self.local_rank if self.local_rank < gpus or gpus > 1 else 0
+        seen = [(platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES"), index)]
+        if self.world > 1:
+            seen = [None] * self.world
+            dist.all_gather_object(seen, (platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES"),
+                                          index))
+        if index >= gpus or len(set(seen)) < len(seen):
+            raise UserError(f"--nproc_per_node is larger than this machine's number of GPUs, "
+                            f"{gpus}; start as many processes as there are GPUs")
+        return index
+
+    def say_what_is_not_used(self, amp, cuda, has_bf16):
+        """Once: say what the user may expect of this machine and does not get."""
+        if cuda and amp == "auto" and not has_bf16:
+            say(self, "this GPU has no bf16 in hardware: networks run in float32 (--amp bf16 "
+                      "emulates it and is slower)")
+        if not cuda and torch.backends.mps.is_available():
+            say(self, "the Apple GPU (MPS) is not used: it knows no float64, which schedules and "
+                      "metrics need; everything runs on the CPU")
 
     # Networks:
 
@@ -73,7 +102,8 @@ class Processes:
         cuda = self.device.type == "cuda"
         if cuda and getattr(net, "arch", {}).get("net") in ("UNet", "DDPM++"):
             net.to(memory_format=torch.channels_last)
-        if args and will_compile(args) and (args.compile or cuda):
+        wanted = args and will_compile(args) and (args.compile or cuda)
+        if wanted and self.can_compile(args.compile):
             # A U-Net's blocks differ in shape and share a forward. DDP's buckets would cut them.
             config = torch._dynamo.config
             config.cache_size_limit = 512
@@ -86,6 +116,26 @@ class Processes:
                 block.compile(dynamic=dynamic)
         return net
 
+    def can_compile(self, is_asked_for):
+        """Compile one line, once, and say where that fails. Raises UserError where --compile was
+        given."""
+        if self.compiles is None:
+            problem = None
+            try:
+                x = torch.ones(8, device=self.device)
+                torch.compile(torch.sin)(x)
+            except Exception as e:  # no compiler, no Triton, an old card: each fails in its own way
+                lines = [line for line in str(e).splitlines() if line.strip()]
+                problem = (lines[0] if lines else type(e).__name__)[:120]
+            failed, = self.any(problem is not None)
+            self.compiles = not failed
+            if failed and is_asked_for:
+                raise UserError(f"--compile: torch.compile does not work here ({problem}); leave "
+                                "it out")
+            if failed:
+                say(self, f"torch.compile does not work here ({problem}): networks run uncompiled")
+        return self.compiles
+
     def student(self, net, args=None):
         """net on this device, ready to train: wrapped for DDP when there are several processes."""
         if args and args.grad_checkpointing:
@@ -94,7 +144,7 @@ class Processes:
         self.place(net, args).train()
         if self.world == 1:
             return net
-        return DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(net, gradient_as_bucket_view=True)
 
     def frozen(self, net, args=None):
         """net on this device, never to train.
@@ -172,6 +222,28 @@ class Processes:
         a, b = torch.randn(2, n, n, device=self.device, dtype=torch.bfloat16)
         timer = Timer("a @ b", globals=dict(a=a, b=b))
         return 2 * n ** 3 / timer.blocked_autorange(min_run_time=0.5).median / 1e12
+
+
+def has_bf16_in_hardware(device):
+    """Whether a GPU has bf16. Older ones, such as T4, V100 and RTX 20, only emulate it, and torch
+    calls that supported, too."""
+    if torch.version.hip:
+        return torch.cuda.is_bf16_supported()
+    return torch.cuda.get_device_properties(device).major >= 8
+
+
+def refuse_lonely_tasks():
+    """Raise UserError when srun or mpirun started several tasks that do not know of one another:
+    each would train the whole, and all would write into one folder."""
+    if "RANK" in os.environ:
+        return
+    for launcher, variable in (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE"),
+                               ("mpirun", "PMI_SIZE")):
+        tasks = os.environ.get(variable, "1")
+        if tasks.isdecimal() and int(tasks) > 1:
+            raise UserError(f"{launcher} started {tasks} tasks that do not know of one another; "
+                            "start one task per machine, and in it torchrun, as in "
+                            "`srun --ntasks-per-node 1 torchrun --nproc_per_node 8 ...`")
 
 
 def keep_freed_memory():

@@ -12,6 +12,7 @@ for the pictures of --sample-every alone.
 """
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 import models
 from kit.cli import UserError, flag, say
+from kit.data import what_changed
 from kit.processes import StepRandom, lock, progress_bar, write_text
 from kit.sampling import SampleOptions, sample_images, save_grid
 
@@ -151,9 +153,11 @@ class Run:
     extra     further tensors and numbers for the checkpoint, or functions that give them, called on
               all ranks when it is written; after __init__, what the checkpoint held
     base      the network of the steps that a one-step student does not make (for pictures)
+    fixed     names of arguments that may not change when the run continues, : where
+              the past would mean something else
     """
 
-    def __init__(self, args, proc, name, student, state, spec, flops=0):
+    def __init__(self, args, proc, name, student, state, spec, flops=0, fixed=()):  # noqa: PLR0913
         self.args = args
         self.proc = proc
         self.name = name
@@ -171,9 +175,11 @@ class Run:
         if args.sample_every and spec["scale"] is not None:
             raise UserError("--sample-every draws images, and this model makes latents; leave it "
                             "out, and draw a checkpoint with sample.py --decode")
-        held = open_out_folder(args, proc)
+        held, changed = open_out_folder(args, proc, fixed)
         if held:
             self.restore(held)
+        for line in changed:
+            say(proc, f"{args.out}: {line}")
 
     @property
     def is_finished(self):
@@ -185,10 +191,21 @@ class Run:
         for key, part in self.state.items():
             if part is not None and held.get(key) is not None:
                 part.load_state_dict(held[key])
-        known = {"format", "ema", "step", "args", *self.state, *self.spec}
+            if isinstance(part, torch.optim.Optimizer) and self.args.lr != held["args"]["lr"]:
+                set_lr(part, self.args.lr)
+        known = {"format", "ema", "step", "args", "paths", *self.state, *self.spec}
         self.extra = {k: v for k, v in held.items() if k not in known}
         if not self.is_finished:
             say(self.proc, f"{self.args.out}: continuing from step {self.step}")
+
+    def use_data(self, dataset):
+        """Remember which data set this run trains on. Raises UserError when it was another one."""
+        before = self.extra.get("data")
+        changed = before and what_changed(before, dataset.identity)
+        if changed:
+            raise UserError(f"--data {dataset.name} is not what {self.args.out} was trained on: "
+                            f"{changed}; restore it, or choose another --out")
+        self.extra["data"] = dataset.identity
 
     # The steps:
 
@@ -285,7 +302,7 @@ class Run:
         if not self.proc.is_main:
             return
         held = {"format": 1, **more, **self.weights(), "step": self.step, **self.spec,
-                "args": plain_arguments(self.args)}
+                "args": plain_arguments(self.args), "paths": real_paths(self.args)}
         write_checkpoint(Path(self.args.out) / file, held)
 
     def draw_samples(self):
@@ -438,18 +455,18 @@ def peak_memory_gib(device):
 
 # ---- A run's own file --------------------------------------------------------------------------
 
-# Arguments that may change between launches, and arguments that follow from others:
-MAY_CHANGE = {"out", "resume", "log_every", "save_every", "save_minutes", "sample_every",
-              "eval_samples", "dry_run", "compile", "accumulate", "grad_checkpointing"}
-FOLLOWS = {"pool", "betas"}
-NOT_COMPARED = MAY_CHANGE | FOLLOWS
+# Arguments that do not change the result, or only where they end in rounding:
+FREE = {"out", "resume", "log_every", "save_every", "save_minutes", "sample_every", "eval_samples",
+        "dry_run", "workers", "sample_batch_size"}
+# Arguments that change nothing but the steps that are still to come:
+FUTURE = {"lr", "steps", "amp", "compile", "accumulate", "grad_checkpointing"}
 
 # Folders of control runs that a method makes within its own:
 CONTROLS = ("continued", "plain", "dsm")
 
 
-def open_out_folder(args, proc):
-    """Make --out; return the checkpoint to continue from, or None.
+def open_out_folder(args, proc, fixed=()):
+    """Make --out -> (the checkpoint to continue from, or None; lines about changed arguments).
 
     Raises UserError where the folder cannot be written, or holds a run with other arguments.
     """
@@ -471,26 +488,74 @@ def open_out_folder(args, proc):
             if (out / control / "last.pt").exists():
                 raise UserError(f"{out / control} is left of a run that is no more: delete it, or "
                                 "choose another --out")
-        return None
+        return None, []
     try:
         held = torch.load(last, map_location="cpu", weights_only=True)
-        saved = held["args"]
+        saved, step = held["args"], held["step"]
     except Exception as e:  # a damaged file fails in many ways
         raise UserError(f"{last}: cannot be read ({type(e).__name__}); it is damaged: delete it or "
                         "choose another --out")
+    return held, changed_arguments(args, saved, held.get("paths", {}), step, fixed)
+
+
+def changed_arguments(args, saved, paths, step, fixed):
+    """What differs from the arguments of the launch before, and may: lines to print.
+
+    saved, paths   plain_arguments() and real_paths() of the launch before
+    step           how far it came
+    fixed          names in FUTURE that must not change in this script
+
+    Raises UserError for what would make it another run.
+    """
     now = plain_arguments(args)
-    for key in sorted((saved.keys() | now.keys()) - NOT_COMPARED):
-        if saved.get(key) != now.get(key):
-            raise UserError(f"{out} holds a run with {flag(key)} {saved.get(key)}, now it is "
-                            f"{now.get(key)}; repeat the old command to continue it, or choose "
+    is_finished = step >= now["steps"]
+    lines = []
+    for key in sorted((saved.keys() | now.keys()) - FREE):
+        before, value = saved.get(key), now.get(key)
+        is_new = key not in saved and value in (None, False)  # a flag younger than the checkpoint
+        if before == value or is_new or is_same_path(value, before, paths.get(key)):
+            continue
+        may = key in FUTURE and key not in fixed
+        if key == "steps":
+            may = may and value >= before
+        elif is_finished and key in ("lr", "amp"):  # there are no steps to come
+            may = False
+        if not may:
+            raise UserError(f"{args.out} holds a run with {flag(key)} {before}, now it is "
+                            f"{value}; repeat the old command to continue it, or choose "
                             "another --out")
-    return held
+        if not is_finished:
+            lines.append(f"from here on with {flag(key)} {value}, it was {before}")
+    return lines
 
 
 def plain_arguments(args):
     """The arguments as numbers and strings, for checkpoints and logs."""
     plain = (int, float, str, bool, type(None))
     return {k: v if isinstance(v, plain) else str(v) for k, v in vars(args).items() if k != "given"}
+
+
+def real_paths(args):
+    """Where the arguments that name files or folders lead: {name: absolute path without links}."""
+    return {k: os.path.realpath(v) for k, v in vars(args).items()
+            if isinstance(v, str) and k != "out" and os.path.exists(v)}
+
+
+def is_same_path(value, before, real):
+    """Do two arguments name one file or folder? real: where `before` led when it was given."""
+    if not isinstance(value, str) or not isinstance(before, str) or not os.path.exists(value):
+        return False
+    return os.path.realpath(value) in (real, os.path.realpath(before))
+
+
+def why_not_written(error, folder):
+    """The reason for an error while writing a file into the folder, in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # torch's own writer tells an internal address, and not that the disk is full.
+    if shutil.disk_usage(folder).free < 2 ** 20:
+        return "the disk is full"
+    return str(error).splitlines()[0][:80]
 
 
 def write_checkpoint(path, held):
@@ -503,8 +568,8 @@ def write_checkpoint(path, held):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
+        reason = why_not_written(e, temporary.parent)
         temporary.unlink(missing_ok=True)
-        reason = e.strerror if isinstance(e, OSError) else str(e).splitlines()[0][:80]
         kept = "the one before it stands" if path.exists() else "none was saved before"
         raise UserError(f"cannot save {path} ({reason}); {kept}. Free some space and repeat the "
                         "command")

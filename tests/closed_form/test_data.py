@@ -19,6 +19,7 @@ from kit.sampling import SampleOptions, sample_chunks
 def sets(tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(30, 2, 2, 4, 8, 8)).astype(np.float16)
+    x[:, :, 1] = abs(x[:, :, 1])  # standard deviations
     cache = latents(tmp_path / "latents", x, rng.integers(0, 5, 30), 5, 0.18215)
     return [data.digits(), folder(tmp_path / "images"), data.load(cache)]
 
@@ -75,7 +76,7 @@ def test_latents_are_sampled_from_their_posterior(tmp_path):
     x[:, 0, 0] = 5
     x[:, 1, 0] = -5
     x[:, :, 1] = 0.5
-    d = data.load(latents(tmp_path / "a", x, np.zeros(4, int), 10))
+    d = data.load(latents(tmp_path / "a", x, np.zeros(4, int), 10), flip=True)
     z = torch.cat([v for v, _ in first(d, 30, batch=4)])
     assert abs(z.abs().mean() - 5) < 0.05
     assert abs((z.abs() - 5).std() - 0.5) < 0.02
@@ -114,7 +115,7 @@ def test_an_npz_of_images(tmp_path):
     own = data.load(str(tmp_path / "own.npz"))
     assert own.shape == (3, 8, 8)
     assert own.classes == 3
-    assert own.flip
+    assert not own.flip
     assert torch.equal(own.x, torch.from_numpy(x).permute(0, 3, 1, 2))
     assert own.y.tolist() == y.tolist()
     assert data.load(str(tmp_path / "own.npz"), classes=5).classes == 5
@@ -170,7 +171,7 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path, which):
 
 def test_an_epoch_is_a_permutation():
     x = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1).repeat(2, 2).repeat(2, 3)
-    d = data.Pixels(x, np.zeros(10), 1, flip=False, name="x")
+    d = data.Pixels(x, np.zeros(10), 1, "x")
     seen = torch.cat([data.to_uint8(x)[:, 0, 0, 0] for x, _ in first(d, 5, batch=4)]).tolist()
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
@@ -179,7 +180,9 @@ def test_an_epoch_is_a_permutation():
 def test_pixels_are_mirrored_for_half_of_the_batch():
     x = np.zeros((50, 1, 2, 2), np.uint8)
     x[..., 0] = 255
-    z, _ = first(data.Pixels(x, np.zeros(50), 1, flip=True, name="x"), 1, batch=50)[0]
+    d = data.Pixels(x, np.zeros(50), 1, "x")
+    d.flip = True
+    z, _ = first(d, 1, batch=50)[0]
     assert set(z[:, 0, 0, 0].tolist()) == {-1.0, 1.0}
     assert 10 < (z[:, 0, 0, 0] > 0).sum() < 40
 
@@ -190,7 +193,8 @@ def test_pixels_and_flips():
     grey = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(data.to_uint8(data.to_float(grey)), grey)
     x = torch.arange(4).view(1, 1, 1, 4).expand(1, 1, 4, 4).to(torch.uint8)
-    d = data.Pixels(x, [0], 1, True, "one")
+    d = data.Pixels(x, [0], 1, "one")
+    d.flip = True
     (one, _), (two, _) = first(d, 2, batch=16)
     assert not torch.equal(one, two)
 

@@ -202,6 +202,7 @@ def test_the_latent_path_in_small(tmp_path):
     learned variance, its own guided samples as training data, no measurement, and latents from
     sample.py."""
     x = np.random.default_rng(0).normal(size=(16, 2, 2, 4, 8, 8)).astype(np.float16)
+    x[:, :, 1] = abs(x[:, :, 1])  # standard deviations
     folder = make_latents(tmp_path / "latents", x, np.arange(16) % 5, classes=5, scale=0.18215)
     base = tmp_path / "base"
     inside(*f"train.py --data {folder} --model DiT-Ti/2 --steps 4 --batch-size 4 --lr 1e-2 "

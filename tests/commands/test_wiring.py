@@ -287,9 +287,10 @@ def test_checkpoints_reach_the_disk_before_they_get_their_name(tmp_path, monkeyp
 
 
 def test_arguments_that_may_change_on_resume(tmp_path, ckpt):
-    assert kit_run.NOT_COMPARED == {
-        "out", "resume", "log_every", "save_every", "eval_samples", "dry_run", "compile",
-        "accumulate", "grad_checkpointing", "save_minutes", "sample_every", "pool", "betas"}
+    assert kit_run.FREE == {
+        "out", "resume", "log_every", "save_every", "eval_samples", "dry_run", "save_minutes",
+        "sample_every", "workers", "sample_batch_size"}
+    assert kit_run.FUTURE == {"lr", "steps", "amp", "compile", "accumulate", "grad_checkpointing"}
     run(ckpt, tmp_path / "a", "--steps", 1)
     last = tmp_path / "a" / "last.pt"
     held = torch.load(last, weights_only=True)
