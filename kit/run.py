@@ -130,8 +130,9 @@ class Guard:
             what = ("loss", "gradient")[int(where)]
             last = Path(out) / "last.pt"
             kept = f"{last} holds the last good state" if last.exists() else "nothing was saved yet"
-            raise UserError(f"step {int(step) + 1}: the {what} is not finite; {kept}. "
-                            "Look at the data, or lower --lr")
+            raise UserError(f"step {int(step) + 1}: the {what} is not finite; {kept}. Look at the "
+                            "data, or repeat the command with a lower --lr; where that state has "
+                            "diverged already, start anew in another --out")
 
 
 # ---- The run -----------------------------------------------------------------------------------
