@@ -19,14 +19,18 @@ FORKS.set_forkserver_preload(["torch._dynamo", "torchvision", "scipy.linalg", "t
 
 
 class Command:
-    """`python WORDS`, running. It is used as subprocess.Popen is."""
+    """`python WORDS`, running. It is used as subprocess.Popen is.
 
-    def __init__(self, words, cwd=None, env=None):
+    group: in a process group of its own, whose number is its pid.
+    """
+
+    def __init__(self, words, cwd=None, env=None, group=False):
         self.folder = Path(tempfile.mkdtemp())
         for name in ("stdout", "stderr"):
             (self.folder / name).touch()
         self.process = FORKS.Process(target=become, args=(
-            [str(w) for w in words], str(cwd or ROOT), environment(env), str(self.folder)))
+            [str(w) for w in words], str(cwd or ROOT), environment(env), str(self.folder),
+            group))
         self.process.start()
         self.pid = self.process.pid
 
@@ -57,8 +61,10 @@ def environment(changes=None):
     return own
 
 
-def become(words, cwd, env, folder):
+def become(words, cwd, env, folder, group):
     """In the fork: run `python WORDS`."""
+    if group:
+        os.setpgid(0, 0)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY), number)
     os.environ.clear()
@@ -96,7 +102,7 @@ def workers(n, *words, check=True, timeout=300, cwd=None, env=None):
     return finish(start_workers(n, words, cwd, env), check, timeout)
 
 
-def start_workers(n, words, cwd=None, env=None):
+def start_workers(n, words, cwd=None, env=None, group=False):
     """The command, running on n processes. Each is told what torchrun would tell it, and the store
     in which they meet is kept here, as torchrun keeps it."""
     from torch.distributed import TCPStore
@@ -106,7 +112,7 @@ def start_workers(n, words, cwd=None, env=None):
         told = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n,
                     MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port,
                     TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
-        started.append(Command(words, cwd, {**told, **(env or {})}))
+        started.append(Command(words, cwd, {**told, **(env or {})}, group))
         started[-1].store = store
     return started
 
