@@ -2,6 +2,7 @@
 comes through processes that read."""
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -30,6 +31,9 @@ def test_a_signal_for_the_group(tmp_path, kind, count, number):
     started = start_workers(count, words, group=True)
     wait_for_step(started[0], out, 3)
     readers = [pid for p in started for pid in children(p.pid)]
+    for pid in readers:  # important! They get it first, and training goes on meanwhile
+        os.kill(pid, number)
+    time.sleep(0.5)
     for p in started:
         os.killpg(p.pid, number)
     errors = "".join(p.communicate(60)[1] for p in started)
