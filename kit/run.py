@@ -386,9 +386,10 @@ class Log:
         """Drop the lines of steps after the last checkpoint: they are logged again."""
         kept = [json.dumps({"args": plain_arguments(self.run.args)})]
         for line in self.path.read_text().splitlines():
-            if not line.endswith("}"):  # cut off
+            try:
+                record = json.loads(line)
+            except ValueError:  # cut off, by a kill or a full disk
                 continue
-            record = json.loads(line)
             if record.get("step", self.run.step + 1) <= self.run.step:
                 kept.append(line)
                 self.before = record.get("seconds", 0.0)

@@ -286,6 +286,22 @@ def test_checkpoints_reach_the_disk_before_they_get_their_name(tmp_path, monkeyp
     assert order == ["fsync", "replace"]
 
 
+@pytest.mark.parametrize("free, error, message", [
+    (0, RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed"),
+     "cannot save .*last.pt .the disk is full.; none was saved before"),
+    (10 ** 9, OSError(28, "No space left on device"), "No space left on device"),
+    (10 ** 9, RuntimeError("something else\nand more"), "something else.;")])
+def test_a_full_disk(tmp_path, monkeypatch, free, error, message):
+    """torch's own writer tells an internal address only."""
+    def save(*_):
+        raise error
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(kit_run.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free))
+    with pytest.raises(UserError, match=message):
+        kit_run.write_checkpoint(tmp_path / "last.pt", {"model": {}})
+    assert not list(tmp_path.iterdir())
+
+
 def test_arguments_that_may_change_on_resume(tmp_path, ckpt):
     assert kit_run.FREE == {
         "out", "resume", "log_every", "save_every", "eval_samples", "dry_run", "save_minutes",
