@@ -856,6 +856,8 @@ def apply_ddil_defaults(args, spec):
     check_model(args, spec, schedule)
     stages = make_stages(args, spec, schedule)
 
+    if all(len(stage.nodes) == 2 for stage in stages if stage.nodes):
+        refuse_without_effect(args, "beta", "with students of one step, whose rollouts are noise")
     check_guidance(args, spec, learns_w=stages[0].kind in ("w", "lcm"))
     args.steps = stages[-1].end
     args.nfe = len(stages[-1].nodes) - 1

@@ -211,7 +211,8 @@ def train_student(args, proc, base_spec, arch, source, teacher):
 
     # Resume:
     state = {"model": net, "opt": opt, "ema": ema}
-    run = Run(args, proc, "kd", wrapped, state, spec, flops_of_step(args, base_spec, arch))
+    what = "kd" if args.alpha < 1 else "score matching"
+    run = Run(args, proc, what, wrapped, state, spec, flops_of_step(args, base_spec, arch))
     keep_pool(args, run)
     if run.is_finished:
         return not is_measured(args)

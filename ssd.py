@@ -313,6 +313,8 @@ def apply_ssd_defaults(args, spec):
     has_prompts = spec["arch"].get("context") == "text"
     if not has_prompts:
         refuse_without_effect(args, "text_cfg", "without prompts")
+    if not is_flow:
+        refuse_without_effect(args, "interval teacher", "with a model that predicts no velocity")
     selfstep.apply_defaults(args, spec, settings)
     if has_prompts and args.data.startswith("synthetic"):
         raise UserError("a model with prompts needs --data FOLDER, made by `python -m kit.encode`")
@@ -321,12 +323,9 @@ def apply_ssd_defaults(args, spec):
     if args.teacher is None:
         is_close = is_flow and (args.interval or 1 / args.nfe) < 0.01
         args.teacher = "ema" if is_close else "fixed"
-    may_leave_grid = is_flow and args.only_step is None
-    if args.interval is not None and not (may_leave_grid and 0 < args.interval < 1):
-        raise UserError(f"--interval {args.interval}: between 0 and 1, for models that predict "
-                        "velocity, and not with --only-step")
-    if args.teacher == "ema" and not is_flow:
-        raise UserError("--teacher ema is for models that predict velocity")
+    is_fine = args.interval is None or (args.only_step is None and 0 < args.interval < 1)
+    if not is_fine:
+        raise UserError(f"--interval {args.interval}: between 0 and 1, and not with --only-step")
     low, high = args.text_cfg
     if not 0 <= low <= high < math.inf:
         raise UserError(f"--text-cfg {low:g} {high:g}: two scales of guidance in their order")
