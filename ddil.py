@@ -50,6 +50,10 @@ Differences from the paper:
   student's predictions in a loss, and the stage w:STEPS.
 - DMD2's student is sampled as LCM's, through LCM's boundary function, which is nearly the identity.
 - LCM keeps the student, not its average.
+- Without --data, a released model trains on its own samples, of 50 steps: these are the data that
+  the states come from, and made in the student's few steps they would be poor.
+- Labels are dropped for 1 sample in 10 where no scale of guidance is drawn and the base model knows
+  the null label.
 
     python ddil.py                                                     the digits, on a CPU
     python ddil.py --model DiT-XL/2 --accumulate 8 --stages w:10000 32:10000 16:10000 8:20000
@@ -75,6 +79,9 @@ import train
 from kit import checkpoints, data
 from kit.base import (
     apply_method_defaults,
+    can_drop,
+    can_guide,
+    check_null,
     describe_base,
     is_digits,
     load_base,
@@ -88,11 +95,21 @@ from kit.cli import (
     add_run_arguments,
     check_positive,
     make_parser,
+    refuse_without_effect,
     run_script,
     say,
 )
 from kit.evaluate import Entry, finish, is_measured, print_finished
-from kit.plan import batch_line, in_millions, resources, step_flops
+from kit.plan import (
+    batch_line,
+    guidance_line,
+    has_condition,
+    in_millions,
+    labels_line,
+    nodes_line,
+    resources,
+    step_flops,
+)
 from kit.processes import Processes, StepRandom
 from kit.run import Run, adamw, set_lr, update_average
 from solvers import (
@@ -437,6 +454,7 @@ class Setting:
     shape: tuple                # of a state, (C, H, W)
     classes: int                # K, the null label
     data_classes: int           # 0: every label is the null one
+    drop: float                 # the share of labels that are dropped
     draws_scales: bool          # whether the condition holds scales of guidance
 
 
@@ -603,10 +621,14 @@ def main(args):
     nets = setup_networks(args, proc, base, learns_w)
     frozen = proc.frozen(base, args)
     before = proc.autocast(frozen)
+    draws_scales = bool(nets.net.guidance or nets.critic)
     spec = {**base_spec, "arch": nets.net.arch, "threshold": args.threshold,
             "method": "ddil" if any(args.dagger) else args.objective,
             "cfg": 1.0 if nets.critic else args.cfg,
-            "solver": "ddim" if args.objective == "pd" else "lcm"}
+            "solver": "ddim" if args.objective == "pd" else "lcm",
+            # Where scales are drawn, no label is dropped:
+            "knows_null": base_spec["knows_null"] and not draws_scales,
+            "w": args.w if nets.net.guidance else None, "reading": None}
 
     # Resume, also in the middle of a stage:
     D = Aggregated(proc.device)
@@ -620,11 +642,11 @@ def main(args):
         frozen.load_state_dict(run.extra["teacher"]["weights"])
 
     # Setup data; where there is none, the base model's own samples:
-    dataset, source = training_data(args, before, base_spec, proc)
+    dataset, source = training_data(args, before, base_spec, proc, run)
     batches = data.batches(dataset, proc, args.seed, args.batch_size, run.step)
     setting = Setting(args, proc, schedule, spec["prediction"], PROJECTIONS[args.threshold],
                       tuple(dataset.shape), spec["classes"], dataset.classes,
-                      draws_scales=bool(nets.net.guidance or nets.critic))
+                      drop=DROP if can_drop(base_spec) else 0, draws_scales=draws_scales)
 
     for stage in stages:
         if run.step >= stage.end:                        # it was done before an interruption
@@ -692,12 +714,12 @@ def setup_networks(args, proc, base, learns_w):
 
 
 def draw_condition(setting, rng, y):
-    """If guidance is distilled: labels and scales. Otherwise: labels, 10 % of them dropped so that
+    """If guidance is distilled: labels and scales. Otherwise: labels, some of them dropped so that
     the student can still be guided."""
     if setting.draws_scales:
         low, high = setting.args.w
         return y, low + (high - low) * rng.uniform()
-    return (train.drop_labels(y, setting.classes, rng.uniform() < 0.1),)
+    return (train.drop_labels(y, setting.classes, rng.uniform() < setting.drop),)
 
 
 def add_rollout(D, objective, step, beta):
@@ -754,20 +776,34 @@ def table_entries(args, proc, base_spec, stages, source):
 
 def plan(args, spec, stages, proc):
     """What --dry-run prints."""
+    takes_w = stages[0].kind in ("w", "lcm") or bool(spec["arch"].get("guidance"))
+    student = {**spec, "arch": {**spec["arch"], "guidance": takes_w}}
+    guidance = guidance_line(student, args.cfg)
+    scales = labels_line(spec, DROP)
+    if args.objective == "dmd2":
+        scales = guidance_line(spec, args.cfg).replace("evaluation", "evaluation of the teacher")
+        guidance = "1 forward per evaluation"
+    elif takes_w:
+        scales = f"scales of guidance {args.w[0]:g} to {args.w[1]:g}"
+    mixture = "none, plain distillation (--dagger 0 0)"
+    if any(args.dagger):
+        mixture = (f"{args.dagger[0]:g} then {args.dagger[1]:g} from aggregated states, student "
+                   f"probability {args.beta[0]:g} then {args.beta[1]:g}, each used "
+                   f"{args.reuse[0]:g} then {args.reuse[1]:g} times; the cost is without rollouts")
     lines = [
         f"DDIL ({args.objective}) of {spec['name']}, {in_millions(spec['arch'])} parameters, "
-        f"predicting {spec['prediction']}, on {args.data}; guidance {args.cfg:g}, "
+        f"predicting {spec['prediction']}, on {args.data}",
+        f"sampling     {args.nfe} steps at t = {nodes_line(stages[-1].nodes)}; {guidance}; "
         f"threshold {args.threshold}",
-        f"mixture      {args.dagger[0]:g} then {args.dagger[1]:g} from aggregated states, student "
-        f"probability {args.beta[0]:g} then {args.beta[1]:g}, each used {args.reuse[0]:g} then "
-        f"{args.reuse[1]:g} times",
+        f"training     {scales}",
+        f"mixture      {mixture}",
     ]
     total = 0
     for stage in stages:
         what = "guidance becomes an input"
         if stage.nodes:
-            first = ", ".join(map(str, stage.nodes[:4]))
-            what = f"{len(stage.grid) - 1} -> {len(stage.nodes) - 1} steps at t = {first}, ..."
+            what = (f"{len(stage.grid) - 1} -> {len(stage.nodes) - 1} steps at "
+                    f"t = {nodes_line(stage.nodes)}")
         flops = stage.steps * step_flops(args, spec, FORWARDS[stage.kind])
         total += flops
         lines.append(f"{stage.kind:12} {what}; {stage.steps:,} steps of {batch_line(args, proc)}, "
@@ -783,6 +819,7 @@ def plan(args, spec, stages, proc):
 
 # Forwards of a step; both halves of guidance count, and a backward counts as two.
 FORWARDS = {"w": 5, "pd": 5, "lcm": 6, "dmd2": 9}
+DROP = 0.1           # of labels
 KEEP = 4             # rollouts in D; the paper is silent
 TARGET_EMA = 0.95    # LCM's
 CRITIC_UPDATES = 5   # DMD2's, per update of the student
@@ -802,11 +839,13 @@ DIGITS_LR = {"pd": 1e-3, "lcm": 3e-5, "dmd2": 1e-4}
 
 def apply_ddil_defaults(args, spec):
     """Fill missing arguments from the settings above -> the stages. Raises UserError."""
-    if args.objective == "pd" and (args.steps or args.nfe):
-        raise UserError("--steps and --nfe follow from --stages in progressive distillation; leave "
-                        "them out")
+    refuse_for_the_objective(args, spec)
     settings, lr = (DIGITS, DIGITS_LR) if is_digits(spec) else (PAPER, PAPER_LR)
-    apply_method_defaults(args, spec, {**settings, "lr": lr[args.objective]})
+    own = {**settings, "lr": lr[args.objective], "w": spec["w"] or [1.0, 2.0]}
+    apply_method_defaults(args, spec, own, synthetic=50)
+    check_null(args, spec)
+    if args.grid is None:
+        args.grid = "uniform"
     if args.threshold is None:
         args.threshold = "clamp" if spec["scale"] is None else "quantile"
     if args.weight is None:
@@ -817,18 +856,48 @@ def apply_ddil_defaults(args, spec):
     check_model(args, spec, schedule)
     stages = make_stages(args, spec, schedule)
 
-    learns_w = stages[0].kind in ("w", "lcm")
-    low, high = args.w
-    if spec["arch"].get("guidance") and (learns_w or args.objective == "dmd2"):
-        raise UserError("this model takes the scale of guidance as an input already: halve its "
-                        "steps with --stages N:STEPS")
-    if learns_w and not low <= args.cfg <= high:
-        raise UserError(f"--cfg {args.cfg:g}: the student learns guidance from {low:g} to "
-                        f"{high:g}; widen --w, or sample within it")
+    if all(len(stage.nodes) == 2 for stage in stages if stage.nodes):
+        refuse_without_effect(args, "beta", "with students of one step, whose rollouts are noise")
+    check_guidance(args, spec, learns_w=stages[0].kind in ("w", "lcm"))
     args.steps = stages[-1].end
     args.nfe = len(stages[-1].nodes) - 1
     check_positive(args)
     return stages
+
+
+def refuse_for_the_objective(args, spec):
+    """Raise UserError for flags that have no effect with this --objective and this model."""
+    learns_w = args.objective == "lcm" or (args.stages or [""])[0].startswith("w")
+    takes_w = spec["arch"].get("guidance")
+    if args.objective == "pd":
+        refuse_without_effect(args, "steps nfe", "with --objective pd: they follow from --stages")
+    else:
+        refuse_without_effect(args, "stages grid weight", f"with --objective {args.objective}")
+    if args.objective == "dmd2":
+        refuse_without_effect(args, "w", "with --objective dmd2, whose guidance is --cfg")
+    elif not learns_w and not takes_w:
+        refuse_without_effect(args, "w", "without a stage w:STEPS")
+    if not any(args.dagger):
+        refuse_without_effect(args, "beta reuse", "with --dagger 0 0")
+
+
+def check_guidance(args, spec, learns_w):
+    """Raise UserError where a student cannot learn the guidance that is asked for."""
+    low, high = args.w
+    takes_w = spec["arch"].get("guidance")
+    if takes_w and (learns_w or args.objective == "dmd2"):
+        raise UserError("this model takes the scale of guidance as an input already: halve its "
+                        "steps with --stages N:STEPS")
+    wants_guidance = learns_w or args.objective == "dmd2"
+    if wants_guidance and not can_guide(spec) and (args.objective == "pd" or has_condition(spec)):
+        raise UserError("guidance cannot be distilled from this model: it knows no classes, or has "
+                        "not learned the null label; take --objective pd without a stage w:STEPS")
+    if takes_w and spec["w"] and not spec["w"][0] <= low <= high <= spec["w"][1]:
+        raise UserError("--w {:g} {:g}: this model knows scales of guidance from {:g} to {:g}"
+                        .format(low, high, *spec["w"]))
+    if (learns_w or takes_w) and not low <= args.cfg <= high:
+        raise UserError(f"--cfg {args.cfg:g}: the student learns guidance from {low:g} to "
+                        f"{high:g}; widen --w, or sample within it")
 
 
 def check_model(args, spec, schedule):
@@ -889,6 +958,7 @@ def parse_stages(args, spec, schedule):
         keeps_own_grid = spec["nfe"] == N and isinstance(spec["grid"], list)
         grid = nodes
         if grid is None and keeps_own_grid:
+            refuse_without_effect(args, "grid", "with a model that has its own grid of these steps")
             grid = spec["grid"]
         elif grid is None:
             grid = schedule_grid(schedule, args.grid, N)
@@ -920,19 +990,21 @@ def parser():
     group.add_argument("--weight", choices=["snr", "output"],
                        help="snr: Eq. 1; output: plain distance of outputs (default: snr; output "
                             "for eps)")
-    group.add_argument("--grid", choices=["uniform", "dit"], default="uniform",
-                       help="where the first teacher's steps lie (dit: for iSSD's Tables 5 and 6)")
+    group.add_argument("--grid", choices=["uniform", "dit"],
+                       help="where the first teacher's steps lie (default: uniform, or a distilled "
+                            "model's own; dit: for iSSD's Tables 5 and 6)")
     group.add_argument("--threshold", choices=list(PROJECTIONS),
                        help="where predicted x0 is projected to (default: clamp for pixels, "
                             "quantile for latents)")
-    group.add_argument("--w", type=float, nargs=2, default=[1.0, 2.0], metavar="SCALE",
-                       help="range of the guidance that the student learns as an input")
+    group.add_argument("--w", type=float, nargs=2, metavar="SCALE",
+                       help="range of the guidance that the student learns as an input (default: "
+                            "1 2; the base model's own where it takes guidance as an input)")
     add_base_arguments(p, model="DiT-{S,B,L,XL}/{2,4,8}; the released weights are fetched where "
                                 "there are any",
                        ckpt="a checkpoint's path or URL, ours or upstream's (default: a v teacher "
                             "of the digits, made here)")
     add_data_arguments(p, "digits, mnist, cifar10, ..., a folder of images or cached latents, or "
-                          "synthetic:STEPS (default: digits, else synthetic:50)")
+                          "synthetic:STEPS (default: digits, else synthetic, that is synthetic:50)")
     group = p.add_argument_group("training")
     group.add_argument("--steps", type=int, help="of lcm or dmd2 (default: 20,000; digits 400)")
     group.add_argument("--batch-size", type=int,

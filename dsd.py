@@ -55,8 +55,11 @@ import train
 from kit import checkpoints
 from kit.base import (
     apply_method_defaults,
+    can_guide,
+    check_null,
     describe_base,
     is_digits,
+    is_image_folder,
     load_base,
     resolve_checkpoint,
 )
@@ -69,11 +72,12 @@ from kit.cli import (
     check_cfg,
     check_positive,
     make_parser,
+    refuse_without_effect,
     run_script,
     say,
 )
 from kit.evaluate import Entry, finish, is_measured, print_finished
-from kit.plan import batch_line, in_millions, resources, step_flops
+from kit.plan import batch_line, guidance_line, in_millions, resources, step_flops
 from kit.processes import Processes, StepRandom
 from kit.run import EMA, Run, adamw, set_lr
 from solvers import (
@@ -227,7 +231,7 @@ def main(args):
     ema = EMA(net, args.ema)
     opt = adamw(net, args.lr, settings_of(spec)["betas"])
     spec = {**base_spec, "method": args.variant, "grid": kind, "nfe": args.nfe, "cfg": args.cfg,
-            "solver": "ddim"}
+            "solver": "ddim", "reading": None}
 
     # Resume, also in the middle of a trajectory:
     state = {"model": net, "opt": opt, "ema": ema, "teacher": frozen}
@@ -324,12 +328,16 @@ def plan(args, spec, proc, updates):
     counts = Counter(n for n, _ in updates)
     depths = ", ".join(f"{n}: {count}" for n, count in counts.items())
     beta1, beta2 = settings_of(spec)["betas"]
+    guidance = "no guidance"
+    if is_guided(args, spec):
+        guidance = f"guidance {args.w[0]:g} to {args.w[1]:g}"
     return "\n".join([
         f"{args.variant.upper()} of {spec['name']}, {in_millions(spec['arch'])} parameters, "
         f"predicting {spec['prediction']}; no data",
         f"updates      {args.steps:,} of batch {batch_line(args, proc)}, by depth {depths}",
+        f"sampling     {args.nfe} steps; {guidance_line(spec, args.cfg)}",
         f"training     lr {args.lr:g} -> {args.lr / 10:g}, Adam betas {beta1:g} {beta2:g}, "
-        f"EMA {args.ema:g}, guidance {args.w[0]:g} to {args.w[1]:g}, target {args.target}",
+        f"EMA {args.ema:g}, {guidance}, target {args.target}",
         f"units        {forwards} forward units per update, a backward counts as two",
         *resources(args, proc, spec["arch"], step_flops(args, spec, forwards), weight_copies=2,
                    frozen=int(args.variant == "tsd"), rows=2 if is_guided(args, spec) else 1),
@@ -380,17 +388,25 @@ def from_scratch_arguments(args):
     """Fill missing arguments -> the arguments of train.py. Raises UserError."""
     if args.data is None:
         args.data = "digits"
-    if args.ckpt or args.variant or args.w or (args.model or "").startswith("SiT"):
-        raise UserError("--from-scratch trains a new network with discrete steps: leave --ckpt, "
-                        "--variant and --w out, and take no SiT")
+    refuse_without_effect(args, "ckpt variant w", "with --from-scratch, which trains a new network "
+                                                  "on data")
+    if (args.model or "").startswith("SiT"):
+        raise UserError(f"--model {args.model}: --from-scratch wants discrete steps; take no SiT")
     warmup = None  # train.py's
+    if not args.eval_samples and (args.data != "digits" or args.eval_samples == 0):
+        refuse_without_effect(args, "nfe cfg", "with --from-scratch where nothing is measured")
     if args.data == "digits":
         apply_defaults(args, dict(nfe=50, eval_samples=2000))
     else:
         warmup = SCRATCH["warmup"]
         apply_defaults(args, {k: SCRATCH[k] for k in ("steps", "lr", "batch_size")})
     apply_defaults(args, {k: SCRATCH[k] for k in ("loss_weights", "depth", "nfe", "cfg",
-                                                  "image_size", "eval_samples")})
+                                                  "eval_samples")})
+    if args.image_size is None and is_image_folder(args.data):
+        args.image_size = SCRATCH["image_size"]
+    if not args.loss_weights[1]:
+        refuse_without_effect(args, "depth target", "with --loss-weights ALPHA 0, which is "
+                                                    "train.py's loss")
     check_arguments(args)
     if args.eval_samples and (args.data != "digits" or args.eval_samples < 2):
         raise UserError(f"--eval-samples {args.eval_samples}: at least 2, and only for the digits; "
@@ -402,6 +418,7 @@ def from_scratch_arguments(args):
         save_every=args.save_every, save_minutes=args.save_minutes,
         sample_every=args.sample_every, dry_run=args.dry_run, accumulate=args.accumulate,
         grad_checkpointing=args.grad_checkpointing, amp=args.amp, compile=args.compile)
+    own.given = args.given
     train.apply_train_defaults(own)
     return own
 
@@ -436,12 +453,16 @@ def settings_of(spec):
 
 def apply_dsd_defaults(args, spec):
     """Fill missing arguments from the settings above -> allocate()'s updates. Raises UserError."""
-    if args.data or args.loss_weights:
-        raise UserError("--data and --loss-weights are for --from-scratch: a model that distils "
-                        "itself needs no data")
+    refuse_without_effect(args, "data loss_weights", "without --from-scratch: a model that distils "
+                                                     "itself needs no data")
     settings = {k: v for k, v in settings_of(spec).items() if k != "betas"}
+    if not can_guide(spec):
+        settings["w"] = [1.0, 1.0]
     apply_method_defaults(args, spec, settings)
     check_arguments(args)
+    check_null(args, spec)
+    if args.depth == 2:
+        refuse_without_effect(args, "target", "with --depth 2, where both targets are the same")
     arch = spec["arch"]
     takes_more = arch.get("context") == "text" or arch.get("guidance")
     if takes_more or spec["only_node"] is not None or spec["schedule"] == "edm":
@@ -451,6 +472,9 @@ def apply_dsd_defaults(args, spec):
     low, high = args.w
     if not 0 < low <= high < math.inf:
         raise UserError(f"--w {low:g} {high:g}: two scales of guidance in their order")
+    if spec["classes"] and not can_guide(spec) and args.w != [1, 1]:
+        raise UserError(f"--w {low:g} {high:g}: this model has not learned the null label, on "
+                        "which guidance rests; leave --w out")
     if spec["cfg_interval"] and args.w != [1, 1]:
         raise UserError("this model is guided at some of its steps only, which DSD does not know: "
                         "add --w 1 1")

@@ -21,9 +21,8 @@ weighs the noisier step here (in ssd.py it weighs the cleaner one).
     sample as before: N steps, nothing is stored, nothing is fused
 
 Differences from the paper:
-- Algorithm 2 draws n up to N, where t would be the end of sampling. This last pair is trained only
-  where the end is a time that the network takes (t = 0 in the grids of velocity models and latent
-  diffusion); the clean end of DiT's grid, -1, is none.
+- Algorithm 2 draws n up to N, where t would be the end of sampling, at which no sampler evaluates
+  the student. Pairs end at the last node.
 - Without --data, a released model trains on its own samples (Table 8: FID 5.07 in place of 4.92).
 - Line 8 stores the student's features, Eq. 6 the frozen teacher's; --reading chooses. Default: the
   teacher's.
@@ -53,14 +52,7 @@ import torch
 
 import train
 from kit import data, selfstep
-from kit.base import (
-    apply_method_defaults,
-    describe_base,
-    is_digits,
-    load_base,
-    resolve_checkpoint,
-    training_data,
-)
+from kit.base import describe_base, is_digits, load_base, resolve_checkpoint, training_data
 from kit.cli import UserError, add_run_arguments, make_parser, run_script, say
 from kit.evaluate import finish, is_measured, print_finished
 from kit.plan import step_flops
@@ -138,7 +130,8 @@ def main(args):
     proc.check_batch(args.batch_size, args.accumulate)
     schedule = make_schedule(spec["schedule"]).to(proc.device)
     project = PROJECTIONS[spec["threshold"]]
-    grid, pairs = selfstep.training_grid(args, spec, schedule)
+    grid = selfstep.training_grid(args, spec, schedule)
+    pairs = args.nfe - 1  # important! t is a node where sampling evaluates the student, not the end
     selfstep.check_model(args, spec, pairs)
     forwards = forwards_per_step(args)
     if args.dry_run:
@@ -155,7 +148,7 @@ def main(args):
     opt = adamw(net, args.lr)
     learned_node = grid[args.only_step] if args.only_step else None  # iSSD's student runs at t
     spec = {**base_spec, "method": "issd", "grid": grid, "nfe": args.nfe, "cfg": args.cfg,
-            "only_node": learned_node}
+            "only_node": learned_node, "reading": args.reading}
 
     # Resume:
     flops = step_flops(args, spec, forwards)
@@ -165,7 +158,7 @@ def main(args):
         return print_finished(args, proc)
 
     # Setup data; where there is none, the base model's own samples (the paper's Table 8):
-    dataset, source = training_data(args, base_net, base_spec, proc)
+    dataset, source = training_data(args, base_net, base_spec, proc, run)
     batches = data.batches(dataset, proc, args.seed, args.batch_size, run.step)
     nodes = torch.tensor(grid, device=proc.device)
     first, end = selfstep.pairs_to_train(args, pairs)      # n counts from 0: the paper's n - 1
@@ -185,7 +178,7 @@ def main(args):
     # Measure before, after and the controls on the same noise and labels:
     entries = {}
     if args.eval_samples:
-        selfstep.announce_control(args, proc)
+        say(proc, f"the control: the ordinary loss for {args.steps} more steps")
         control = proc.autocast(proc.frozen(train.train_control(args, source)))
         after = proc.autocast(net.eval())
         entries = selfstep.table_entries(args, base_net, after, control, spec)
@@ -230,8 +223,7 @@ def paper_settings(spec, nfe):
     nearest = min(lam, key=lambda known: abs(known - nfe))
     return dict(lr=row["lr"], batch_size=row["batch"], lam=lam[nearest],
                 steps=round(row["epochs"] * IMAGENET / row["batch"]),
-                data=f"synthetic:{spec['nfe'] or 10}", eval_samples=0, log_every=100,
-                save_every=1000)
+                data=f"synthetic:{nfe}", eval_samples=0, log_every=100, save_every=1000)
 
 
 def apply_issd_defaults(args, spec):
@@ -244,7 +236,7 @@ def apply_issd_defaults(args, spec):
         raise UserError("issd.py does not know prompts, for which the paper has the explicit form: "
                         "take ssd.py")
     settings = DIGITS if is_digits(spec) else paper_settings(spec, args.nfe)
-    apply_method_defaults(args, spec, settings)
+    selfstep.apply_defaults(args, spec, settings)
 
 
 def parser():

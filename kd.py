@@ -26,11 +26,13 @@ Differences from the paper:
 - Scales of guidance are the other scripts': ours is 1 + w, and 1 is none.
 - Student and teacher share the preconditioning, for which lambda_sigma c_out^2 = 1: the loss is the
   mean square of the outputs' difference. So any pair of our networks with the same prediction takes
-  part (DiT -> smaller DiT), with the times of its own schedule.
+  part (DiT -> smaller DiT), with the times of its own schedule. With prompts (A.2) it is that of
+  eps, for a network that predicts v, too: lambda_sigma is "the same as used in the original Stable
+  Diffusion model".
 - The average's half-life is printed as 50 million images, the whole of the run. EDM, which the
   paper follows, has 0.5 million and a ramp-up, and so have we.
 - EDM replaces gradients that are not finite (nan_to_num); here they stop the run.
-- No augmentation.
+- No augmentation (--flip mirrors half of the images); EDM's own pipeline has no plain mirroring.
 - The paper does not say how the student takes w. Here w is embedded as the noise level is, starting
   at zero.
 
@@ -43,6 +45,7 @@ Writes runs/kd/{last.pt, log.jsonl, metrics.json, samples.png}.
 import copy
 import math
 import time
+from pathlib import Path
 
 import torch
 
@@ -51,8 +54,10 @@ import train
 from kit import checkpoints, data, download
 from kit.base import (
     apply_method_defaults,
+    can_drop,
     describe_base,
     is_digits,
+    keep_pool,
     load_base,
     resolve_checkpoint,
     training_data,
@@ -65,11 +70,19 @@ from kit.cli import (
     cache_folder,
     check_positive,
     make_parser,
+    refuse_without_effect,
     run_script,
     say,
 )
 from kit.evaluate import Entry, finish, is_measured, print_finished
-from kit.plan import batch_line, in_millions, resources
+from kit.plan import (
+    batch_line,
+    guidance_line,
+    halves,
+    in_millions,
+    labels_line,
+    resources,
+)
 from kit.processes import Processes
 from kit.run import EMA, Run, adamw, set_lr
 from solvers import add_noise, column, from_x0_eps, guide, make_schedule, solver_grid
@@ -91,7 +104,7 @@ def combine_teachers(cond, uncond):
 
 
 def kd_loss(student, teacher, schedule, x0, y, t, noise, w=None,  # noqa: PLR0913
-            prediction="edm", alpha=0.0):
+            prediction="edm", alpha=0.0, of_eps=False):
     """Eq. 5; with scales w Eq. 6; with alpha > 0 Eq. 8, of which alpha = 1 is Eq. 3 -> (loss, aux).
 
     student, teacher   net(x, t, y), or net(x, t, y, w) where they take w
@@ -99,6 +112,7 @@ def kd_loss(student, teacher, schedule, x0, y, t, noise, w=None,  # noqa: PLR091
     y                  (B,) labels, already dropped
     t                  (B,) times of the schedule
     w                  (B,) scales of guidance, or None
+    of_eps             for v on a VP schedule: weigh the differences as those of eps
     aux                {"kd", "dsm"}: the two terms, as far as they are there
 
     A mean square of outputs is lambda_sigma |D - D|^2 where both share their preconditioning,
@@ -110,25 +124,28 @@ def kd_loss(student, teacher, schedule, x0, y, t, noise, w=None,  # noqa: PLR091
         student = guide(student, w)
         teacher = guide(teacher, w)
     out = student(x_t, t, y)[:, :C]                                    # (B, C, H, W)  D_theta
+    weight = 1
+    if of_eps and prediction == "v":                                   # eps = sigma x_t + alpha v
+        weight = schedule.alpha_sigma(t, x_t)[0].square()
     loss = 0.0
     aux = {}
     if alpha < 1:
         with torch.no_grad():
             target = teacher(x_t, t, y)[:, :C]                         # D_phi, or D_phi^w of Eq. 4
-        kd = (out - target).square().mean()                            # Eq. 5, 6
+        kd = (weight * (out - target).square()).mean()                 # Eq. 5, 6
         loss = (1 - alpha) * kd
         aux["kd"] = kd.detach()
     if alpha > 0:
         clean = from_x0_eps(schedule, x0, noise, t, prediction)
-        dsm = (out - clean).square().mean()                            # Eq. 3
+        dsm = (weight * (out - clean).square()).mean()                 # Eq. 3
         loss = loss + alpha * dsm
         aux["dsm"] = dsm.detach()
     return loss, aux                                                   # Eq. 8
 
 
 def ema_decay(images, batch, half_life):
-    """Decay of the average at a step: a half-life in images, at first a twentieth of the images
-    seen (EDM, training/training_loop.py)."""
+    """Decay of the average at a step, before which so many images were seen: a half-life in images,
+    at first a twentieth of these (EDM, training/training_loop.py)."""
     half_life = min(half_life, 0.05 * images)
     return 0.5 ** (batch / max(half_life, 1e-8))
 
@@ -154,8 +171,10 @@ def main(args):
     if args.uncond:
         uncond = proc.frozen(load_uncond(args, base_spec), args)
         teacher = combine_teachers(before, proc.autocast(uncond))
+        both = [*base.parameters(), *uncond.parameters()]
+        teacher.parameters = both.copy  # of which a pool of samples takes the fingerprint
 
-    if not train_student(args, proc, base_spec, arch, before, teacher):
+    if not train_student(args, proc, base_spec, arch, teacher, teacher):
         return print_finished(args, proc)
 
     # Teacher, student and the baseline, score matching for as many steps, on the same noise and
@@ -167,17 +186,17 @@ def main(args):
             say(proc, f"the control: score matching (Eq. 3) for {args.steps} steps")
             own = baseline_arguments(args)
             own_arch = {k: v for k, v in arch.items() if k != "guidance"}
-            train_student(own, proc, base_spec, own_arch, before, before)
+            train_student(own, proc, base_spec, own_arch, teacher, before)
             nets["score matching"] = load_student(proc, own.out)
         nets["after"] = load_student(proc, args.out)
         entries = table_entries(args, nets)
     finish(args, proc, "kd", began, entries)
 
 
-def train_student(args, proc, base_spec, arch, before, teacher):
+def train_student(args, proc, base_spec, arch, source, teacher):
     """Train a student of this arch; returns False where that was done and measured before.
 
-    before: the base model, which makes synthetic data. teacher: what the student learns from.
+    source: what makes synthetic data, also for the baseline. teacher: what the student learns from.
     """
     torch.manual_seed(args.seed)
     net = models.build(arch)
@@ -185,18 +204,21 @@ def train_student(args, proc, base_spec, arch, before, teacher):
     student = proc.autocast(wrapped)
     ema = EMA(net, 1.0)
     opt = adamw(net, args.lr)
+    is_text = arch.get("context") == "text"
     spec = {**base_spec, "name": args.student, "arch": arch, "method": "kd", "nfe": args.nfe,
-            "cfg": args.cfg}
+            "cfg": args.cfg, "knows_null": is_text or args.drop > 0, "w": args.w, "reading": None}
     schedule = make_schedule(spec["schedule"]).to(proc.device)
 
     # Resume:
     state = {"model": net, "opt": opt, "ema": ema}
-    run = Run(args, proc, "kd", wrapped, state, spec, flops_of_step(args, base_spec, arch))
+    what = "kd" if args.alpha < 1 else "score matching"
+    run = Run(args, proc, what, wrapped, state, spec, flops_of_step(args, base_spec, arch))
+    keep_pool(args, run)
     if run.is_finished:
         return not is_measured(args)
 
     # Setup data; where there is none, the teacher's own samples:
-    dataset, _ = training_data(args, before, base_spec, proc)
+    dataset, _ = training_data(args, source, base_spec, proc, run)
     spec["null"] = dataset.null if dataset.text else None
     null = dataset.null.to(proc.device) if dataset.text else spec["classes"]
     batches = data.batches(dataset, proc, args.seed, args.batch_size, run.step)
@@ -211,12 +233,13 @@ def train_student(args, proc, base_spec, arch, before, teacher):
         w = draw_scales(args, rng)
         noise = rng.normal(x0.shape[1:])
         for part in run.parts(x0, y, t, noise, w):
-            loss, _ = kd_loss(student, teacher, schedule, *part, spec["prediction"], args.alpha)
+            loss, _ = kd_loss(student, teacher, schedule, *part, spec["prediction"], args.alpha,
+                              is_text)
             run.backward(loss)
-        set_lr(opt, args.lr * min(1, (step + 1) / max(args.warmup, 1)))
+        # As in EDM, by what was seen before this step: the first one has rate and decay 0.
+        set_lr(opt, args.lr * (min(1, step / args.warmup) if args.warmup else 1))
         run.optimizer_step(opt)
-        images = (step + 1) * args.batch_size
-        ema.update(step, ema_decay(images, args.batch_size, args.half_life))
+        ema.update(step, ema_decay(step * args.batch_size, args.batch_size, args.half_life))
     return True
 
 
@@ -256,11 +279,28 @@ def load_uncond(args, spec):
     elif "://" in path:
         path = download.fetch(path, cache_folder(), check=checkpoints.load_model, flag="--uncond")
     net, other = checkpoints.load_model(path)
+    check_uncond(args, other, spec)
+    return net
+
+
+def check_uncond(args, other, spec):
+    """Raise UserError where --uncond, which is `other`, does not go with the teacher."""
     is_alike = all(other[k] == spec[k] for k in ("prediction", "schedule", "scale"))
     is_alike &= all(other["arch"][k] == spec["arch"][k] for k in ("in_channels", "input_size"))
     if other["classes"] or not is_alike:
         raise UserError(f"--uncond {args.uncond}: must be like the teacher, but without classes")
-    return net
+
+
+def describe_uncond(args):
+    """What --uncond is, without its weights; None for a URL. Raises UserError."""
+    path = args.uncond
+    if path.startswith("DDPM++"):
+        return checkpoints.describe(None, path)
+    if "://" in path:
+        return None
+    if not Path(path).exists():
+        raise UserError(f"--uncond {path}: no such file; give a checkpoint or DDPM++-t-uncond")
+    return checkpoints.describe(path)
 
 
 def table_entries(args, nets):
@@ -288,20 +328,20 @@ def plan(args, spec, proc, arch):
     """What --dry-run prints."""
     student_flops = models.count(arch)[1]
     teacher_flops = models.count(spec["arch"])[1]
-    guidance = f"labels dropped {args.drop:g}"
+    guidance = labels_line(spec, args.drop)
     if args.w:
         guidance = (f"scales of guidance {args.w[0]:g} to {args.w[1]:g}, without classes "
                     f"{args.uncond or 'the teacher itself'}")
     dropout = f", dropout {args.dropout:g}" if arch["net"] == "DDPM++" else ""
     is_heun = spec["solver"] == "heun"
     nfes = {5, 9, 19, 35, args.nfe} if is_heun else {10, 20, 50, args.nfe}
-    halves = 2 if args.cfg != 1 and spec["classes"] > 0 else 1
+    of_teacher = 2 if args.uncond else halves(spec["arch"], args.cfg)
 
     sampling = []
     for nfe in sorted(nfes):
         steps = f"{(nfe + 1) // 2:2} steps, " if is_heun else ""
-        student = nfe * student_flops * (1 if args.w else halves) / 1e9
-        teacher = nfe * teacher_flops * halves / 1e9
+        student = nfe * student_flops * halves(arch, args.cfg) / 1e9
+        teacher = nfe * teacher_flops * of_teacher / 1e9
         sampling.append(f"             {steps}{nfe:2} evaluations: student {student:.4g}, teacher "
                         f"{teacher:.4g}")
     return "\n".join([
@@ -313,7 +353,8 @@ def plan(args, spec, proc, arch):
         f"alpha {args.alpha:g}{dropout}, on {args.data}",
         *resources(args, proc, arch, flops_of_step(args, spec, arch), base_arch=spec["arch"],
                    weight_copies=2, frozen=2 if args.uncond else 1),
-        f"sampling     {args.nfe} evaluations, guidance {args.cfg:g}; GFLOP per sample at",
+        f"sampling     {args.nfe} evaluations; "
+        f"student: {guidance_line({**spec, 'arch': arch}, args.cfg)}; GFLOP per sample at",
         *sampling,
     ])
 
@@ -355,9 +396,7 @@ def apply_kd_defaults(args, spec):
     check_teacher(args, spec)
     settings = settings_of(spec)
     is_text = spec["arch"].get("context") == "text"
-    K = spec["classes"]
-    # Released DDPM++ have not learned the null label:
-    knows_null = is_text or (K > 0 and (spec["method"] is not None or spec["prediction"] != "edm"))
+    knows_null = is_text or can_drop(spec)
     if not (args.student or settings["student"]):
         raise UserError(f"say which network the student is, a smaller one of {spec['name']}'s "
                         "kind, as --student DiT-S/2")
@@ -369,13 +408,16 @@ def apply_kd_defaults(args, spec):
         args.drop = 0.1 if knows_null and not args.w else 0.0
     if args.batch_size is None:
         args.batch_size = settings["batch_size"]
-    cfg = spec["cfg"]
+    if getattr(args, "flip", None) is None:
+        args.flip = False
+    own = {"data": "cifar10", "warmup": round(WARMUP_IMAGES / max(args.batch_size, 1)), **settings}
     if args.w:
-        cfg = min(max(cfg, args.w[0]), args.w[1])
+        own["cfg"] = min(max(spec["cfg"], args.w[0]), args.w[1])
+    steps = spec["nfe"] or 50  # of the teacher's samples
     is_cifar = spec["arch"]["input_size"] == 32 and spec["scale"] is None
-    source = "cifar10" if is_cifar else f"synthetic:{spec['nfe'] or 50}"
-    warmup = round(WARMUP_IMAGES / max(args.batch_size, 1))
-    apply_method_defaults(args, spec, {"data": source, "warmup": warmup, "cfg": cfg, **settings})
+    if not is_cifar and not is_digits(spec):
+        own["data"] = f"synthetic:{steps}"
+    apply_method_defaults(args, spec, own, synthetic=steps)
     check_arguments(args, spec, knows_null)
     return student_arch(args, spec)
 
@@ -390,6 +432,9 @@ def check_teacher(args, spec):
                         "--w 1 4")
     if not args.w:
         return
+    other = args.uncond and describe_uncond(args)
+    if other:
+        check_uncond(args, other, spec)
     low, high = args.w
     is_range = 1 <= low <= high < math.inf
     if not is_range or not spec["classes"] or args.alpha or args.drop:
@@ -433,6 +478,8 @@ def student_arch(args, spec):
     if not same_prompts or arch["num_classes"] != teacher["num_classes"]:
         raise UserError(f"--student {args.student}: must know the same classes or prompts as the "
                         "teacher")
+    if arch["net"] != "DDPM++":
+        refuse_without_effect(args, "dropout", "with a student that is no DDPM++")
     return {**arch, "guidance": True} if args.w else arch
 
 
@@ -461,8 +508,8 @@ def parser():
                             "(default: a DDPM++ of the digits, made here)",
                        image_size="of the released weights (default: what they were made for)")
     add_data_arguments(p, "digits, mnist, cifar10, ..., a folder of images or cached latents, or "
-                          "synthetic:STEPS (default: digits; cifar10 at 32 pixels; else the "
-                          "teacher's own samples)")
+                          "synthetic:STEPS (default: digits; cifar10 at 32 pixels; else "
+                          "synthetic, the teacher's own samples at its own number of steps or 50)")
     group = p.add_argument_group("training")
     group.add_argument("--steps", type=int, help="default: 100,000; digits 600")
     group.add_argument("--batch-size", type=int,

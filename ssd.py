@@ -24,9 +24,9 @@ for 10 steps from a fixed teacher, and t = s - 0.005 for 250 steps (the paper sa
 combines are matched, each by itself, and x_t is made with guidance drawn from 5 to 15.
 
 Differences from the paper:
-- Algorithm 1 draws n up to N, where t would be the end of sampling. This last pair is trained only
-  where the end is a time that the network takes (t = 0 in the grids of velocity models and latent
-  diffusion); the clean end of DiT's grid, -1, is none.
+- Algorithm 1 draws n up to N, where t would be the end of sampling. This last pair, whose student
+  runs at s, is trained only where the teacher can be evaluated at the end (t = 0 in the grids of
+  velocity models and latent diffusion); the clean end of DiT's grid, -1, is no time.
 - The loss is a mean, not a sum, and on the prediction's channels only: a learned variance is not
   distilled.
 - The output of a network that predicts v or x0 is converted to eps, since Eq. 5 is about eps.
@@ -53,15 +53,15 @@ import torch
 
 import train
 from kit import data, selfstep
-from kit.base import (
-    apply_method_defaults,
-    describe_base,
-    is_digits,
-    load_base,
-    resolve_checkpoint,
-    training_data,
+from kit.base import describe_base, is_digits, load_base, resolve_checkpoint, training_data
+from kit.cli import (
+    UserError,
+    add_run_arguments,
+    make_parser,
+    refuse_without_effect,
+    run_script,
+    say,
 )
-from kit.cli import UserError, add_run_arguments, make_parser, run_script, say
 from kit.evaluate import finish, is_measured, print_finished
 from kit.plan import step_flops
 from kit.processes import Processes
@@ -158,7 +158,8 @@ def main(args):
     proc.check_batch(args.batch_size, args.accumulate)
     schedule = make_schedule(spec["schedule"]).to(proc.device)
     project = PROJECTIONS[spec["threshold"]]
-    grid, pairs = selfstep.training_grid(args, spec, schedule)
+    grid = selfstep.training_grid(args, spec, schedule)
+    pairs = args.nfe - 1 if grid[-1] == -1 else args.nfe  # the clean end of discrete steps, no time
     selfstep.check_model(args, spec, pairs)
     forwards = forwards_per_step(args, spec)
     if args.dry_run:
@@ -179,7 +180,7 @@ def main(args):
     opt = adamw(net, args.lr)
     learned_node = grid[args.only_step - 1] if args.only_step else None  # the student runs at s
     spec = {**base_spec, "method": "ssd", "grid": grid, "nfe": args.nfe, "cfg": args.cfg,
-            "only_node": learned_node}
+            "only_node": learned_node, "reading": None}
 
     # Resume:
     flops = step_flops(args, spec, forwards)
@@ -190,7 +191,7 @@ def main(args):
         return print_finished(args, proc)
 
     # Setup data; where there is none, the base model's own samples (the paper's Table 8):
-    dataset, source = training_data(args, base_net, base_spec, proc)
+    dataset, source = training_data(args, base_net, base_spec, proc, run)
     batches = data.batches(dataset, proc, args.seed, args.batch_size, run.step)
     if dataset.text:
         spec["null"] = dataset.null
@@ -223,7 +224,7 @@ def main(args):
     # Measure before, after and the controls on the same noise and labels:
     entries = {}
     if args.eval_samples:
-        selfstep.announce_control(args, proc)
+        say(proc, f"the control: the ordinary loss for {args.steps} more steps")
         control = proc.autocast(proc.frozen(train.train_control(args, source)))
         after = proc.autocast(net.eval())
         entries = selfstep.table_entries(args, base_net, after, control, spec)
@@ -257,6 +258,8 @@ def plan(args, spec, proc, grid, forwards):
     method = f"lam {args.lam}"
     if spec["prediction"] == "velocity":
         method += f", t = s - {args.interval or 1 / args.nfe:g}, {args.teacher} teacher"
+    if spec["arch"].get("context") == "text":
+        method += ", x_t made with guidance {:g} to {:g}".format(*args.text_cfg)
     copies = 2 if args.teacher == "ema" else 1
     return selfstep.plan("SSD", args, spec, proc, grid, forwards, method, weight_copies=copies)
 
@@ -286,13 +289,12 @@ DIGITS = dict(lr=1e-4, batch_size=64, steps=100, lam=0.10, cfg=1.5, data="digits
               eval_samples=2000, log_every=20, save_every=50)
 
 
-def paper_settings(spec):
+def paper_settings(spec, nfe):
     """The paper's numbers for (model, resolution)."""
     row = PAPER[selfstep.paper_size(spec, PAPER)]
     settings = dict(lr=row["lr"], batch_size=row["batch"], lam=LAM,
                     steps=round(row["epochs"] * IMAGENET / row["batch"]),
-                    data=f"synthetic:{spec['nfe'] or 10}", eval_samples=0, log_every=100,
-                    save_every=1000)
+                    data=f"synthetic:{nfe}", eval_samples=0, log_every=100, save_every=1000)
     if spec["arch"].get("context") == "text":
         settings.update(TEXT)
     return settings
@@ -305,26 +307,25 @@ def apply_ssd_defaults(args, spec):
     if args.nfe < 2:
         raise UserError(f"--nfe {args.nfe}: SSD pairs neighbouring steps and needs at least 2")
     is_flow = spec["prediction"] == "velocity"
-    settings = dict(DIGITS if is_digits(spec) else paper_settings(spec))
+    settings = dict(DIGITS if is_digits(spec) else paper_settings(spec, args.nfe))
     if is_flow:
         settings["lam"] = LAM_VELOCITY
-    apply_method_defaults(args, spec, settings)
-
     has_prompts = spec["arch"].get("context") == "text"
-    if has_prompts and (args.data.startswith("synthetic") or args.guided != "no"):
-        raise UserError("a model with prompts needs --data FOLDER, made by `python -m kit.encode`, "
-                        "and guides as the paper does: leave --guided out")
+    if not has_prompts:
+        refuse_without_effect(args, "text_cfg", "without prompts")
+    if not is_flow:
+        refuse_without_effect(args, "interval teacher", "with a model that predicts no velocity")
+    selfstep.apply_defaults(args, spec, settings)
+    if has_prompts and args.data.startswith("synthetic"):
+        raise UserError("a model with prompts needs --data FOLDER, made by `python -m kit.encode`")
     if is_flow and args.interval is None and args.only_step is None and 1 / args.nfe < 0.005:
         args.interval = 0.005
     if args.teacher is None:
         is_close = is_flow and (args.interval or 1 / args.nfe) < 0.01
         args.teacher = "ema" if is_close else "fixed"
-    may_leave_grid = is_flow and args.only_step is None
-    if args.interval is not None and not (may_leave_grid and 0 < args.interval < 1):
-        raise UserError(f"--interval {args.interval}: between 0 and 1, for models that predict "
-                        "velocity, and not with --only-step")
-    if args.teacher == "ema" and not is_flow:
-        raise UserError("--teacher ema is for models that predict velocity")
+    is_fine = args.interval is None or (args.only_step is None and 0 < args.interval < 1)
+    if not is_fine:
+        raise UserError(f"--interval {args.interval}: between 0 and 1, and not with --only-step")
     low, high = args.text_cfg
     if not 0 <= low <= high < math.inf:
         raise UserError(f"--text-cfg {low:g} {high:g}: two scales of guidance in their order")

@@ -1,7 +1,7 @@
 """The ordinary diffusion loss: makes a teacher, or trains one further.
 
-    1. x0 ~ data, t ~ U{0..T-1} (the interpolant: U[0, 1]), eps ~ N(0, I);
-       the label is dropped for 1 sample in 10
+    1. x0 ~ data, t ~ U{0..T-1} (the interpolant: U[0, 1]), eps ~ N(0, I); the label is dropped
+       for 1 sample in 10, unless --ckpt has not learned the null label
     2. x_t = alpha_t x0 + sigma_t eps
     3. L = |net(x_t, t, y) - target|^2,
        target = eps, x0, v = alpha eps - sigma x0, or velocity = eps - x0
@@ -26,8 +26,7 @@ from pathlib import Path
 import torch
 
 import models
-from kit import checkpoints, data
-from kit.base import describe_base, resolve_checkpoint, warn_if_too_narrow
+from kit import base, checkpoints, data
 from kit.cli import (
     UserError,
     add_data_arguments,
@@ -40,7 +39,7 @@ from kit.cli import (
     say,
     user_errors,
 )
-from kit.plan import in_millions, resources, step_flops
+from kit.plan import in_millions, labels_line, resources, step_flops
 from kit.processes import Processes
 from kit.run import EMA, Run, adamw, set_lr
 from solvers import EDM, add_noise, column, from_x0_eps, make_schedule, to_x0_eps
@@ -139,27 +138,31 @@ def main(args, objective=diffusion_loss, method="train", quiet=False):
     quiet: say nothing where the run is finished already.
     """
     proc = Processes(args.amp)
-    args.ckpt = resolve_checkpoint(args)
+    args.ckpt = base.resolve_checkpoint(args)
     apply_train_defaults(args)
     proc.check_batch(args.batch_size, args.accumulate)
     last = Path(args.out) / "last.pt"
 
     # Setup data and network:
-    base_spec = describe_base(args) if args.ckpt else None
-    size = base_spec["arch"]["input_size"] if base_spec else args.image_size or 256
+    base_spec = base.describe_base(args) if args.ckpt else None
+    size = base_spec["arch"]["input_size"] if base_spec else args.image_size  # None: the images'
     dataset = data.load(args.data, size, args.classes)
-    spec = base_spec or new_spec(args, dataset, learn_sigma=objective is diffusion_loss)
-    spec["method"] = method
+    spec = base_spec or base.describe_new(args, dataset, learn_sigma=objective is diffusion_loss)
+    base.refuse_in_training(args, spec)
+    spec.update(method=method, reading=None)
     spec["prediction"] = args.prediction or spec["prediction"]
     spec["schedule"] = args.schedule or spec["schedule"]
     check_combination(args, spec, objective)
-    warn_if_too_narrow(proc, spec)
+    base.warn_if_too_narrow(proc, spec)
     data.check_fits(dataset, spec)
+    base.check_labels(args, dataset, spec)
     schedule = make_schedule(spec["schedule"]).to(proc.device)
     forwards = 3 if objective is diffusion_loss else 4  # per step; a backward counts as two
     flops = step_flops(args, spec, forwards)
     if args.dry_run:
         return say(proc, plan(args, spec, proc, forwards))
+    is_edm = spec["arch"]["net"] == "DDPM++"
+    drop = DROP if spec["knows_null"] else 0
     net = new_network(args, spec)
     student = proc.student(net, args)
     ema = EMA(net, args.ema)
@@ -181,33 +184,16 @@ def main(args, objective=diffusion_loss, method="train", quiet=False):
         net.dropout = DROPOUT
         net.rng = rng
         t = training_times(schedule, rng)
-        y = drop_labels(y, null, rng.uniform() < 0.1)
+        y = drop_labels(y, null, rng.uniform() < drop)
         noise = rng.normal(x0.shape[1:])
         for part in run.parts(x0, y, t, noise):
             loss, _ = objective(denoise, schedule, *part, spec["prediction"])
             run.backward(loss)
-        set_lr(opt, args.lr * learning_rate(step, args))
+        set_lr(opt, args.lr * learning_rate(step, args, first=0 if is_edm else 1))
         run.optimizer_step(opt, args.clip)
-        ema.update(step)
+        ema.update(step, edm_decay(step, args.ema) if is_edm else None)
     say(proc, f"{last} is ready; log: {args.out}/log.jsonl")
     return last
-
-
-def new_spec(args, dataset, learn_sigma):
-    """The description of a network that starts from random weights."""
-    is_latent = dataset.scale is not None
-    is_flow = args.schedule == "interpolant" or args.model.startswith("SiT")
-    arch = models.make_arch(args.model, dataset.shape[-1], dataset.shape[0], dataset.classes,
-                            learn_sigma=is_latent and not is_flow and learn_sigma)
-    spec = dict(checkpoints.DIT_DEFAULTS)
-    if arch["net"] == "DDPM++":
-        spec.update(checkpoints.EDM_SPEC)
-    elif is_flow:
-        spec.update(checkpoints.SIT_SPEC)
-    spec.update(checkpoints.UNET_DEFAULTS.get(args.model, {}))
-    spec.update(name=args.model, arch=arch, classes=arch["num_classes"], scale=dataset.scale,
-                cfg=1.5 if is_latent else 1.0)
-    return spec
 
 
 def new_network(args, spec):
@@ -234,22 +220,30 @@ def check_combination(args, spec, objective):
                         "schedule and loss; leave --prediction and --schedule out")
 
 
-def learning_rate(step, args):
-    """Factor of --lr: linear warm-up, then constant or half a cosine down to zero."""
+def learning_rate(step, args, first=1):
+    """Factor of --lr: linear warm-up, then constant or half a cosine down to zero.
+
+    first: the first step has first / warmup. EDM counts the images seen before, which are none: 0.
+    """
     if step < args.warmup:
-        return (step + 1) / args.warmup
+        return (step + first) / args.warmup
     if args.decay == "constant":
         return 1.0
     done = (step - args.warmup) / max(args.steps - args.warmup, 1)
     return 0.5 + 0.5 * math.cos(math.pi * done)
 
 
+def edm_decay(step, decay):
+    """Decay of EDM's average: its half-life is at first a twentieth of the steps done before."""
+    return min(decay, 0.5 ** (20 / max(step, 1e-8)))
+
+
 def plan(args, spec, proc, forwards):
     """What --dry-run prints."""
     head = (f"{spec['prediction']} training of {spec['name']}, {in_millions(spec['arch'])} "
             f"parameters, on {args.data}: {args.steps:,} steps of batch {args.batch_size}, "
-            f"lr {args.lr:g}, EMA {args.ema}; {forwards} forward units per step, a backward counts "
-            "as two")
+            f"lr {args.lr:g}, EMA {args.ema}, {labels_line(spec, DROP)}; {forwards} forward units "
+            "per step, a backward counts as two")
     flops = step_flops(args, spec, forwards)
     lines = resources(args, proc, spec["arch"], flops, weight_copies=2, frozen=0)
     return "\n".join([head, *lines])
@@ -285,13 +279,14 @@ def train_control(args, source):
         batch_size=args.batch_size, lr=args.lr, warmup=0, decay="constant", ema=0.0, clip=0.0,
         seed=args.seed, amp=args.amp, resume=args.resume, out=f"{args.out}/continued",
         log_every=args.steps, save_every=args.steps)
+    own.given = frozenset()  # nobody gave these flags, so none is without effect
     return checkpoints.load_model(main(own, quiet=True))[0]
 
 
 # ---- Settings ----------------------------------------------------------------------------------
 
-# Of DDPM++ networks, to prevent over-fitting (the KD paper, A.1); no other network has any.
-DROPOUT = 0.1
+DROPOUT = 0.1  # of DDPM++, to prevent over-fitting (the KD paper, A.1); no other network has any
+DROP = 0.1     # of labels
 
 # Upstream DiT trains at a constant 1e-4 with batch 256 and EMA 0.9999 (400,000 steps in its
 # ablations, 7 million for the released XL/2).
@@ -299,8 +294,7 @@ PAPER = dict(steps=400_000, batch_size=256, lr=1e-4, warmup=0, decay="constant",
              clip=0.0, label_std=0.02, log_every=100, save_every=5000)
 
 # EDM's networks: Karras et al. for CIFAR-10, but 100,000 steps as in the KD paper: a warm-up over
-# 10 million images, an average with a half-life of 0.5 million images, at first of a twentieth of
-# the images seen, which is nearly the warm-up that kit.run.EMA has.
+# 10 million images, an average with a half-life of 0.5 million images.
 PAPER_EDM = dict(PAPER, steps=100_000, batch_size=512, lr=1e-3, warmup=19_531, ema=0.99929)
 
 # The small digits model. Upstream's standard deviation of 0.02 for label embeddings is too weak
@@ -312,7 +306,7 @@ DIGITS = dict(steps=2000, batch_size=96, lr=3e-3, warmup=100, decay="cosine", em
 def apply_train_defaults(args):
     """Fill missing arguments from the settings above. Raises UserError."""
     if not args.model:
-        args.model = describe_base(args)["name"] if args.ckpt else "DiT-Ti/2"
+        args.model = base.describe_base(args)["name"] if args.ckpt else "DiT-Ti/2"
     if args.data == "digits":
         defaults = DIGITS
     elif args.model.startswith("DDPM++"):
@@ -335,11 +329,12 @@ def parser():
     group.add_argument("--ckpt", metavar="PATH",
                        help="start from these weights, a path or URL, instead of random ones")
     group.add_argument("--image-size", type=int,
-                       help="of image folders (default: 256, or --ckpt's) and upstream checkpoints")
+                       help="of image folders (default: the images' own, or --ckpt's) and "
+                            "upstream checkpoints")
     group.add_argument("--prediction", choices=["eps", "x0", "v", "velocity"],
                        help="default: eps, or what --ckpt predicts")
-    group.add_argument("--schedule", choices=["linear", "cosine", "ldm", "sd", "interpolant"],
-                       help="default: linear, or that of --ckpt")
+    group.add_argument("--schedule", help="default: the model's, or that of --ckpt",
+                       choices=["linear", "cosine", "ldm", "ldm-churches", "sd", "interpolant"])
     group.add_argument("--label-std", type=float,
                        help="of a DiT's class embeddings at first (default: upstream's 0.02; "
                             "digits 1, which is strong enough for short runs)")

@@ -1,9 +1,19 @@
 """What a method starts from: the base model and the training data."""
+from pathlib import Path
+
 import models
 from kit import checkpoints, data
 from kit.cache import synthetic_pool
-from kit.cli import UserError, apply_defaults, cache_folder, check_cfg, check_positive, say
-from kit.plan import pool_size
+from kit.cli import (
+    UserError,
+    apply_defaults,
+    cache_folder,
+    check_cfg,
+    check_positive,
+    refuse_without_effect,
+    say,
+)
+from kit.plan import has_condition, pool_size
 from kit.sampling import SampleOptions
 
 # ---- The base model ----------------------------------------------------------------------------
@@ -35,7 +45,29 @@ def describe_digits_teacher(prediction):
     spec = dict(checkpoints.DIT_DEFAULTS, name=name, classes=10, scale=None, cfg=1.0,
                 prediction=prediction, method="train",
                 arch=models.make_arch(name, 8, 1, 10, learn_sigma=False))
-    return {**spec, **checkpoints.EDM_SPEC} if edm else spec
+    return {**spec, **checkpoints.EDM_SPEC, "knows_null": True} if edm else spec
+
+
+def describe_new(args, dataset, learn_sigma):
+    """The spec of a network that train.py starts from random weights. One in ten of its labels is
+    dropped, whatever the network, so that it learns the null label."""
+    name = args.model
+    is_latent = dataset.scale is not None
+    is_flow = args.schedule == "interpolant" or name.startswith("SiT")
+    arch = models.make_arch(name, dataset.shape[-1], dataset.shape[0], dataset.classes,
+                            learn_sigma=is_latent and not is_flow and learn_sigma)
+    spec = dict(checkpoints.DIT_DEFAULTS, name=name, arch=arch, classes=arch["num_classes"])
+    if arch["net"] == "DDPM++":
+        spec.update(checkpoints.EDM_SPEC)
+    elif arch["net"] == "UNet":
+        own = "SD-v1.5" if arch.get("context") == "text" else name
+        spec.update(checkpoints.UNET_DEFAULTS.get(own, checkpoints.LDM_SPEC))
+    if is_flow:
+        spec.update(checkpoints.SIT_SPEC)
+    is_guided = is_latent and has_condition(spec)
+    spec.update(scale=dataset.scale, cfg=spec["cfg"] if is_guided else 1.0, knows_null=True,
+                class_names=getattr(dataset, "class_names", None))
+    return spec
 
 
 def load_base(args, proc, make_teacher, prediction="eps"):
@@ -81,18 +113,52 @@ def is_digits(spec):
 # ---- Defaults and data -------------------------------------------------------------------------
 
 
-def apply_method_defaults(args, spec, defaults):
+def apply_method_defaults(args, spec, defaults, synthetic=None):
     """Fill missing arguments from `defaults`; check what all methods have in common.
 
-    Raises UserError.
+    synthetic: how many steps the samples of a plain --data synthetic take. Raises UserError.
     """
-    apply_defaults(args, {"cfg": spec["cfg"], **defaults})
+    refuse_for_the_base(args, spec)
+    if args.data == "synthetic":
+        args.data = f"synthetic:{synthetic}"
+    apply_defaults(args, {"cfg": spec["cfg"] if can_guide(spec) else 1.0, **defaults})
     check_positive(args)
     check_cfg(args.cfg)
     if args.eval_samples and (not is_digits(spec) or args.eval_samples < 2):
         raise UserError(f"--eval-samples {args.eval_samples}: at least 2, and only for the digits; "
                         "else 0, and fid.py measures what sample.py makes")
     check_training_data(args)
+
+
+def refuse_for_the_base(args, spec):
+    """Raise UserError for flags that have no effect with this base model."""
+    tells_its_size = spec["method"] is not None or (args.ckpt and spec["prediction"] == "edm")
+    if tells_its_size:
+        refuse_without_effect(args, "image_size", "with a network that tells its own size")
+    if not has_condition(spec):
+        refuse_without_effect(args, "cfg guided w drop", "with a model without classes")
+    if not spec["classes"]:
+        refuse_without_effect(args, "classes trust_labels", "with a model without classes")
+
+
+def can_guide(spec):
+    """Whether guidance acts on this network: it takes the scale as an input, or it knows labels or
+    prompts and has learned what stands for none."""
+    is_taken = bool(spec["arch"].get("guidance"))
+    return is_taken or (has_condition(spec) and spec["knows_null"])
+
+
+def can_drop(spec):
+    """Whether labels can be dropped in training: is there a null label that the network knows?"""
+    return spec["classes"] > 0 and spec["knows_null"]
+
+
+def check_null(args, spec):
+    """Raise UserError where --cfg or --drop want a null label that the network has not learned."""
+    is_lacking = spec["classes"] > 0 and not spec["knows_null"]
+    if is_lacking and (getattr(args, "drop", 0) or (args.cfg != 1 and not can_guide(spec))):
+        raise UserError("this network has not learned the null label, on which guidance and "
+                        "dropped labels rest: leave --drop out and give --cfg 1, or leave it out")
 
 
 def check_training_data(args):
@@ -103,20 +169,74 @@ def check_training_data(args):
         if not (steps.isdecimal() and 0 < int(steps) <= 1000):
             raise UserError(f"--data {name}: say how many steps the samples take, 1 to 1000, as in "
                             "synthetic:10")
+        refuse_without_effect(args, "classes trust_labels flip", "with the model's own samples")
     elif name and not args.dry_run:
         data.check_name(name)
+    refuse_for_the_data(args)
 
 
-def training_data(args, denoise, spec, proc):
+def refuse_for_the_data(args):
+    """Raise UserError for flags that have no effect with this --data."""
+    name = args.data or ""
+    is_npz = name.endswith(".npz")
+    if name and not is_npz:
+        refuse_without_effect(args, "classes", f"with --data {name}, which tells its classes")
+    if is_npz or name in ("digits", *data.TORCHVISION):
+        refuse_without_effect(args, "workers", f"with --data {name}, which is held in memory")
+
+
+def refuse_in_training(args, spec):
+    """Raise UserError for flags of train.py that have no effect."""
+    refuse_for_the_base(args, spec)
+    refuse_for_the_data(args)
+    if args.ckpt:
+        refuse_without_effect(args, "label_std", "with --ckpt, whose class embeddings are trained")
+        return
+    if spec["arch"]["net"] not in ("DiT", "SiT"):
+        refuse_without_effect(args, "label_std", "with a network that is no DiT")
+    if not is_image_folder(args.data):
+        refuse_without_effect(args, "image_size", f"with --data {args.data}, which is no folder of "
+                                                  "images")
+
+
+def is_image_folder(name):
+    """Whether --data NAME is a folder of images, to which --image-size applies."""
+    return Path(name).is_dir() and not Path(name, "latents.npy").exists()
+
+
+def training_data(args, denoise, spec, proc, run):
     """-> (data set, its name): --data, or for synthetic:STEPS samples that the base model makes
-    first (Table 8 of the SSD paper)."""
+    first (Table 8 of the SSD paper).
+
+    run: the Run, see keep_pool().
+    """
     source = args.data
     if source.startswith("synthetic:"):
         nfe = int(source[10:])
-        say(proc, f"training data: {pool_size(args):,} samples of the base model itself, "
-                  f"{nfe} steps, guidance {args.cfg:g}")
+        size = keep_pool(args, run)
+        guidance = f"guidance {args.cfg:g}" if can_guide(spec) else "no guidance"
+        say(proc, f"training data: {size:,} samples of the base model itself, {nfe} steps, "
+                  f"{guidance}")
         options = SampleOptions(seed=args.seed, nfe=nfe, cfg=args.cfg)
-        source = synthetic_pool(denoise, spec, proc, cache_folder(), pool_size(args), options)
+        source = synthetic_pool(denoise, spec, proc, cache_folder(), size, options)
     dataset = data.load(source, spec["arch"]["input_size"], args.classes)
     data.check_fits(dataset, spec)
+    check_labels(args, dataset, spec)
     return dataset, source
+
+
+def keep_pool(args, run):
+    """How many samples the run began with: it goes on with the same ones also when --steps grows.
+    The control, whose arguments are a copy of these, takes as many."""
+    args.pool = run.extra.setdefault("pool_size", pool_size(args))
+    return args.pool
+
+
+def check_labels(args, dataset, spec):
+    """Raise UserError where data without labels wants the null label, or makes flags useless."""
+    if dataset.classes or dataset.text:
+        return
+    refuse_without_effect(args, "classes trust_labels drop guided w", "with data without labels")
+    if spec["classes"] and not spec["knows_null"]:
+        raise UserError(f"--data {args.data} has no labels, for which the null label stands, and "
+                        "this network has not learned it; give data with labels")

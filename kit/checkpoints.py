@@ -66,7 +66,8 @@ DIT_DEFAULTS = dict(prediction="eps", schedule="linear", scale=0.18215, grid=Non
 SIT_SPEC = dict(prediction="velocity", schedule="interpolant")
 REPA_SPEC = dict(SIT_SPEC, cfg=1.8, cfg_interval=[0.0, 0.7])
 # 35 evaluations are 18 steps of Heun's method, upstream's for CIFAR-10.
-EDM_SPEC = dict(prediction="edm", schedule="edm", scale=None, cfg=1.0, solver="heun", nfe=35)
+EDM_SPEC = dict(prediction="edm", schedule="edm", scale=None, cfg=1.0, solver="heun", nfe=35,
+                knows_null=False)
 LDM_SPEC = dict(schedule="ldm", scale=1.0, cfg=1.0)
 UNET_DEFAULTS = {
     "SD-v1.5": dict(schedule="sd", cfg=7.5),

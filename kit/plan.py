@@ -13,8 +13,50 @@ GIB = 2 ** 30
 
 
 def pool_size(args):
-    """How many samples --data synthetic:STEPS makes: no more than the run looks at."""
-    return min(POOL, args.steps * args.batch_size)
+    """How many samples --data synthetic:STEPS makes: no more than the run looks at, or as many as
+    it began with (kit.base.keep_pool)."""
+    return getattr(args, "pool", None) or min(POOL, args.steps * args.batch_size)
+
+
+def has_condition(spec):
+    """Whether the network takes labels or prompts, so that it can be guided."""
+    return spec["classes"] > 0 or spec["arch"].get("context") == "text"
+
+
+def halves(arch, cfg):
+    """Forwards of the network in an evaluation: 2 where guidance takes two of them."""
+    is_conditional = arch["num_classes"] > 0 or arch.get("context") == "text"
+    return 2 if cfg != 1 and is_conditional and not arch.get("guidance") else 1
+
+
+def guidance_line(spec, cfg):
+    """In words: the guidance that samples get, and what it costs."""
+    if not has_condition(spec):
+        return "no guidance: the model has no classes"
+    if spec["arch"].get("guidance"):
+        return f"guidance {cfg:g} as an input, 1 forward per evaluation"
+    if cfg == 1:
+        return "no guidance, 1 forward per evaluation"
+    where = ""
+    if spec["cfg_interval"]:
+        where = " where t is from {:g} to {:g}".format(*spec["cfg_interval"])
+    return f"guidance {cfg:g}, 2 forwards per evaluation{where}"
+
+
+def labels_line(spec, drop):
+    """In words: how often the null label stands in place of a sample's own."""
+    if not has_condition(spec):
+        return "no labels"
+    if not spec["knows_null"]:
+        return "labels never dropped (the base model has not learned the null label)"
+    what = "labels" if spec["classes"] else "prompts"
+    return f"{what} dropped {drop:g}" if drop else f"{what} never dropped"
+
+
+def nodes_line(grid):
+    """The nodes of a grid in words, without its end: 999, 888, 777, ..., 0."""
+    nodes = [f"{t:.4g}" for t in grid[:-1]]
+    return ", ".join(nodes if len(nodes) < 6 else [*nodes[:3], "...", nodes[-1]])
 
 
 def step_flops(args, spec, forwards):
@@ -49,8 +91,9 @@ def resources(args, proc, arch, flops, base_arch=None, weight_copies=2, frozen=1
 
     pool_flops = 0
     if (args.data or "").startswith("synthetic:"):
-        halves = 2 if args.cfg != 1 and base_arch["num_classes"] else 1
-        pool_flops = pool_size(args) * int(args.data[10:]) * halves * base_forward
+        is_pair = getattr(args, "uncond", None)  # kd.py's two teachers are one, and both evaluated
+        forwards = 2 if is_pair else halves(base_arch, args.cfg)
+        pool_flops = pool_size(args) * int(args.data[10:]) * forwards * base_forward
         disk = pool_size(args) * 2 * base_arch["in_channels"] * base_arch["input_size"] ** 2 / GIB
         lines.append(f"pool         {pool_size(args):,} samples of the base model, made first, "
                      f"{pool_flops:.3g} FLOP, {disk:.2g} GiB on disk")

@@ -1,9 +1,18 @@
 """What ssd.py and issd.py share besides their paper: flags, the grid, checks, the plan."""
 import re
 
-from kit.cli import UserError, add_base_arguments, add_data_arguments, say
+from kit.base import apply_method_defaults, can_drop, check_null
+from kit.cli import UserError, add_base_arguments, add_data_arguments, refuse_without_effect
 from kit.evaluate import Entry
-from kit.plan import batch_line, in_millions, resources, step_flops
+from kit.plan import (
+    batch_line,
+    guidance_line,
+    in_millions,
+    labels_line,
+    nodes_line,
+    resources,
+    step_flops,
+)
 from models import count
 from solvers import guide, schedule_grid, solver_grid
 
@@ -11,28 +20,33 @@ from solvers import guide, schedule_grid, solver_grid
 def paper_size(spec, known):
     """('XL', 512): size and resolution in the paper's tables, whose keys are `known`.
 
-    What they do not know counts as ('XL', 256), our smaller networks as ('S', 256).
+    What they do not know counts as ('XL', 256), our smaller networks as ('S', 256). The
+    autoencoders whose latents have 3 channels make images 4 times as wide, the others 8 times.
     """
     match = re.match(r"[DS]iT-(\w+)/", spec["name"])
     size = match[1] if match else "XL"
     if size in ("XS", "Ti", "Na"):
         size = "S"
-    pixels = spec["arch"]["input_size"] * (8 if spec["scale"] else 1)
+    factor = 4 if spec["arch"]["in_channels"] == 3 else 8
+    pixels = spec["arch"]["input_size"] * (factor if spec["scale"] else 1)
     return (size, pixels) if (size, pixels) in known else (size, 256)
 
 
 def training_grid(args, spec, schedule):
-    """-> (nodes of --nfe steps, how many pairs of neighbours they have).
-
-    A progressively distilled model keeps its own grid. The clean end (-1) is no time.
-    """
+    """The nodes of --nfe steps, and the end. A progressively distilled model keeps its own."""
     own = spec["grid"]
     keeps_own_grid = isinstance(own, str) or (own and spec["nfe"] == args.nfe)
     if keeps_own_grid and args.grid is None:
-        grid = solver_grid(schedule, "ddim", args.nfe, own)
-    else:
-        grid = schedule_grid(schedule, args.grid, args.nfe)
-    return grid, args.nfe - 1 if grid[-1] == -1 else args.nfe
+        return solver_grid(schedule, "ddim", args.nfe, own)
+    return schedule_grid(schedule, args.grid, args.nfe)
+
+
+def apply_defaults(args, spec, settings):
+    """Fill what both scripts have in common. Raises UserError."""
+    if spec["arch"].get("context") == "text":
+        refuse_without_effect(args, "drop guided", "with prompts, which are never dropped")
+    settings = {"drop": 0.1 if can_drop(spec) else 0.0, **settings}
+    apply_method_defaults(args, spec, settings, synthetic=args.nfe)
 
 
 def pairs_to_train(args, pairs):
@@ -56,6 +70,7 @@ def check_model(args, spec, pairs):
     if spec["schedule"] == "edm" or spec["solver"] == "lcm":
         raise UserError("this model has EDM's schedule or is sampled with noise between its steps "
                         "(LCM, DMD2), along which SSD and iSSD know no steps")
+    check_null(args, spec)
     if not 0 <= args.lam <= 1 or not 0 <= args.drop <= 1:
         raise UserError(f"--lam {args.lam}, --drop {args.drop}: must lie between 0 and 1")
     if args.only_step is not None and not 1 <= args.only_step <= pairs:
@@ -92,18 +107,14 @@ def table_entries(args, before, after, control, spec):
     }
 
 
-def announce_control(args, proc):
-    say(proc, f"the control: the ordinary loss for {args.steps} more steps")
-
-
 def plan(name, args, spec, proc, grid, forwards, method, weight_copies=1):
     """What --dry-run prints: the run in numbers, from the settings and the network's shape.
 
     forwards: of a step, a backward counts as two. method: its own settings, in words.
     """
     arch = spec["arch"]
-    first = ", ".join(f"{t:.4g}" for t in grid[:3])
-    only = f", node {args.only_step} only" if args.only_step else ""
+    guided = "" if args.guided == "no" else f", guided {args.guided}"
+    only = f", pair {args.only_step} only" if args.only_step else ""
     rows = 2 if args.guided == "all" or arch.get("context") == "text" else 1
     quality = "not measured"
     if args.eval_samples:
@@ -111,9 +122,9 @@ def plan(name, args, spec, proc, grid, forwards, method, weight_copies=1):
     return "\n".join([
         f"{name} of {spec['name']}, {in_millions(arch)} parameters, "
         f"{count(arch)[1] / 1e9:.4g} GFLOP per forward and sample",
-        f"sampling     {args.nfe} steps at t = {first}, ..., {grid[-2]:.4g}; guidance {args.cfg:g}",
-        f"training     {method}, lr {args.lr:g}, batch {batch_line(args, proc)}, "
-        f"{args.steps:,} steps{only}",
+        f"sampling     {args.nfe} steps at t = {nodes_line(grid)}; {guidance_line(spec, args.cfg)}",
+        f"training     {method}, {labels_line(spec, args.drop)}{guided}, lr {args.lr:g}, "
+        f"batch {batch_line(args, proc)}, {args.steps:,} steps{only}",
         f"data         {args.data}",
         f"units        {forwards} forward units per step, a backward counts as two",
         *resources(args, proc, arch, step_flops(args, spec, forwards),
@@ -131,16 +142,17 @@ def add_arguments(parser):
         ckpt="a checkpoint's path or URL, ours or upstream's (default: an eps teacher of the "
              "digits, made here)")
     add_data_arguments(parser, "digits, mnist, cifar10, ..., a folder of images or cached latents, "
-                               "or synthetic:STEPS (default: digits; else synthetic:10, or the "
-                               "model's own number of steps)")
+                               "or synthetic:STEPS (default: digits; else synthetic, which is "
+                               "synthetic:NFE)")
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int,
                        help="default: the paper's epochs of ImageNet at its own batch size")
     group.add_argument("--batch-size", type=int, help="of all processes together "
                                                       "(default: the paper's; digits 64)")
     group.add_argument("--lr", type=float, help="default: the paper's")
-    group.add_argument("--drop", type=float, default=0.1, metavar="P",
-                       help="probability of the null label in place of a sample's own")
+    group.add_argument("--drop", type=float, metavar="P",
+                       help="probability of the null label in place of a sample's own (default: "
+                            "0.1 where the model knows that label)")
     group.add_argument("--guided", choices=["no", "step", "all"], default="no",
                        help="guidance in training, of scale --cfg: in no forward, in the solver's "
                             "step, in all (twice the cost)")

@@ -42,7 +42,8 @@ def write_edm_teacher(folder):
     """The file of a tiny EDM network of the digits."""
     net = models.fill_random(models.build(models.make_arch("DDPM++-8x1", 8, 1, 10)))
     spec = {k: v for k, v in checkpoints.EDM_SPEC.items() if k not in ("scale", "cfg")}
-    torch.save(checkpoint(net, name="DDPM++-8x1", **spec), folder / "edm.pt")
+    torch.save(checkpoint(net, name="DDPM++-8x1", **{**spec, "knows_null": True}),
+               folder / "edm.pt")
     return folder / "edm.pt"
 
 

@@ -304,17 +304,17 @@ def test_equation_1(batch):
 # ---- Settings ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, steps, lr, betas, ema", [
-    ("LDM-ImageNet", 5000, 1e-7, (0.99, 0.999), 0.9995),
-    ("LDM-CelebAHQ", 4000, 1e-6, (0.9, 0.98), 0.995),
-    ("LDM-Bedroom", 4000, 1e-6, (0.9, 0.98), 0.995),
+@pytest.mark.parametrize("name, steps, lr, betas, ema, w", [
+    ("LDM-ImageNet", 5000, 1e-7, (0.99, 0.999), 0.9995, [1, 3]),
+    ("LDM-CelebAHQ", 4000, 1e-6, (0.9, 0.98), 0.995, [1, 1]),
+    ("LDM-Bedroom", 4000, 1e-6, (0.9, 0.98), 0.995, [1, 1]),
 ])
-def test_presets_are_table_3(name, steps, lr, betas, ema):
+def test_presets_are_table_3(name, steps, lr, betas, ema, w):  # noqa: PLR0913
     args = dsd.parser().parse_args(["--model", name])
     spec = describe_base(args)
     updates = dsd.apply_dsd_defaults(args, spec)
     assert (args.steps, args.lr, args.ema) == (steps, lr, ema)
     assert dsd.settings_of(spec)["betas"] == betas
-    assert (args.depth, args.w) == (64, [1, 3])
+    assert (args.depth, args.w) == (64, w)
     assert len(updates) == steps
     assert updates[0] == (64, 0)

@@ -3,12 +3,14 @@ import copy
 
 import pytest
 import torch
+from conftest import inside
 from toys import Layers, pair_batch
 
 import issd
 import models
-from kit import checkpoints
+from kit import checkpoints, selfstep
 from kit.base import describe_base
+from kit.cli import UserError
 from kit.processes import Processes
 from kit.run import adamw
 from solvers import add_noise, ddim_step
@@ -146,12 +148,34 @@ def test_presets_are_table_9():
     assert (a.cfg, a.data, a.eval_samples) == (1.5, "synthetic:10", 0)
     a = chosen("--model", "DiT-XL/2", "--nfe", "50", "--image-size", "512")
     assert (a.lam, a.lr, a.batch_size, a.steps) == (0.30, 5e-6, 64, 8007)
+    assert a.data == "synthetic:50"
+    a = chosen("--model", "DiT-XL/2", "--nfe", "20", "--data", "synthetic")
+    assert a.data == "synthetic:20"
     a = chosen("--model", "DiT-S/2", "--nfe", "20")
     assert (a.lam, a.lr, a.batch_size, a.steps) == (0.10, 1e-5, 512, 500)
     a = chosen("--model", "DiT-B/2", "--nfe", "50")
     assert (a.lam, a.lr, a.batch_size, a.steps) == (0.35, 5e-6, 256, 1001)
     a = chosen("--model", "DiT-XL/2", "--lam", "0.4", "--lr", "1e-3")
     assert (a.lam, a.lr) == (0.4, 1e-3)
+
+
+@pytest.mark.parametrize("name, size", [
+    ("LDM-ImageNet", 256), ("LDM-CelebAHQ", 256), ("LDM-Bedroom", 256), ("LDM-Churches", 256),
+    ("SD-v1.5", 512), ("DiT-XL/2", 256)])
+def test_the_resolution_that_a_network_is_made_for(name, size):
+    spec = checkpoints.describe(None, name)
+    known = [("XL", 256), ("XL", 512)]
+    assert selfstep.paper_size(spec, known) == ("XL", size)
+
+
+@pytest.mark.parametrize("name", ["SiT-XL/2", "LDM-ImageNet"])
+def test_pairs_end_where_sampling_evaluates_the_student(name):
+    """Their grids end at t = 0, a time, at which no step begins: issd.py has no pair there; ssd.py,
+    whose student runs at the other end of the pair, has one."""
+    words = f"--model {name} --nfe 5 --only-step 5 --eval-samples 0 --dry-run".split()
+    with pytest.raises(UserError, match="must lie between 1 and 4"):
+        inside("issd.py", *words)
+    assert "pair 5 only" in inside("ssd.py", *words)
 
 
 def test_presets_of_a_progressively_distilled_model():

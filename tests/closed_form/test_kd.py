@@ -127,6 +127,29 @@ def test_other_networks(batch, prediction, schedule):
     assert loss_of(net, net, schedule, x0, y, t, noise, prediction=prediction) == 0
 
 
+def test_with_prompts_v_is_weighed_as_eps():
+    """Stable Diffusion's weight is that of eps: differences of v count alpha^2 times."""
+    schedule = make_schedule("sd")
+    g = torch.Generator().manual_seed(0)
+    x0, noise, a, b = torch.randn(4, 6, 1, 4, 4, generator=g, dtype=torch.float64)
+    t = torch.tensor([1, 50, 300, 500, 950, 999])
+
+    def loss(alpha, **more):
+        batch = (schedule, x0, None, t, noise)
+        return loss_of(lambda *_: a, lambda *_: b, *batch, alpha=alpha, **more)
+
+    def eps(out):
+        x = add_noise(schedule, x0, noise, t)
+        return to_x0_eps(schedule, x, out, t, "v")[1]
+
+    kd_eps = (eps(a) - eps(b)).square().mean().item()
+    dsm_eps = (eps(a) - noise).square().mean().item()
+    for alpha, want in ((0, kd_eps), (1, dsm_eps), (0.3, 0.7 * kd_eps + 0.3 * dsm_eps)):
+        assert loss(alpha, prediction="v", of_eps=True) == pytest.approx(want)
+    assert loss(0, prediction="v") == pytest.approx((a - b).square().mean().item())
+    assert loss(0, prediction="eps", of_eps=True) == loss(0, prediction="eps")
+
+
 def test_average():
     """A half-life in images, at first a twentieth of what was seen: after many images a weight that
     was 1 and is 0 has halved every half-life."""

@@ -166,7 +166,7 @@ def chosen(*words):
 def test_presets_are_the_papers():
     a = chosen("--model", "DiT-XL/2", "--nfe", "50", "--image-size", "512")
     assert (a.lam, a.lr, a.batch_size, a.steps) == (0.30, 5e-6, 64, 8007)
-    assert (a.cfg, a.data, a.interval) == (1.5, "synthetic:10", None)
+    assert (a.cfg, a.data, a.interval) == (1.5, "synthetic:50", None)
     a = chosen("--model", "SiT-XL/2-REPA", "--nfe", "10")
     assert (a.lam, a.lr, a.cfg, a.interval, a.teacher) == (1.0, 5e-6, 1.8, None, "fixed")
     a = chosen("--model", "SiT-XL/2-REPA", "--nfe", "250")

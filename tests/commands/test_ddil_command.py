@@ -113,15 +113,25 @@ def test_the_other_objectives_resume_and_sample(tmp_path, base, objective, more)
     assert x.shape == (3, 1, 8, 8)
     assert x.std() > 0
     assert spec["solver"] == ("ddim" if objective == "pd" else "lcm")
+    takes_w = objective != "dmd2"
+    assert spec["w"] == ([1, 2] if takes_w else None)
+    assert not spec["knows_null"]  # where scales are drawn, no label is dropped
+    for file in (tmp_path / "a").glob("nfe*.pt"):
+        assert checkpoints.describe(file)["w"] == spec["w"]
     if objective == "pd":  # a network that takes w is halved further, but not taught w again
         with pytest.raises(UserError, match="takes the scale of guidance as an input already"):
             inside("ddil.py", "--ckpt", tmp_path / "a" / "last.pt",
                    *"--objective lcm --eval-samples 0 --dry-run".split())
+        inside("ddil.py", "--ckpt", tmp_path / "a" / "last.pt", "--out", tmp_path / "c",
+               *"--stages 2:1 --w 1 1.5 --batch-size 4 --eval-samples 0".split())
+        assert checkpoints.describe(tmp_path / "c" / "nfe1.pt")["w"] == [1, 1.5]
 
 
 def test_without_dagger_it_is_progressive_distillation(tmp_path, base, whole):
     """No rollout, no state from D; the file's method says pd."""
-    inside(*words(base, tmp_path, "--dagger", 0, 0))
+    command = words(base, tmp_path, "--dagger", 0, 0)
+    at = command.index("--reuse")  # without effect here
+    inside(*command[:at], *command[at + 3:])
     state = load(tmp_path)
     assert state["method"] == "pd"
     assert not state["buffer"]

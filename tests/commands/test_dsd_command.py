@@ -275,9 +275,8 @@ def test_the_table_of_the_digits(tmp_path, ckpt, monkeypatch):
 
 # ---- From scratch ------------------------------------------------------------------------------
 
-SCRATCH = ("dsd.py --from-scratch --steps 8 --batch-size 8 --nfe 4 --log-every 1 "
-           "--save-every 3").split()
-MEASURED = ("--eval-samples", 4)
+SCRATCH = "dsd.py --from-scratch --steps 8 --batch-size 8 --log-every 1 --save-every 3".split()
+MEASURED = ("--eval-samples", 4, "--nfe", 4)
 NOT_MEASURED = ("--eval-samples", 0)
 
 

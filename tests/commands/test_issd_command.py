@@ -31,3 +31,25 @@ def test_a_student_samples_without_fusion_and_as_it_was_trained(tmp_path, ckpt):
     base = torch.load(ckpt, weights_only=True)["model"]
     assert not are_equal(weights(run), base)
     assert (run / "metrics.json").exists()
+    assert spec["reading"] == "teacher"
+    inside(*"ssd.py --steps 1 --batch-size 8 --eval-samples 0".split(), "--ckpt", run / "last.pt",
+           "--out", tmp_path / "ssd")
+    assert checkpoints.describe(tmp_path / "ssd" / "last.pt")["reading"] is None
+
+
+def test_own_samples_stay_the_same_when_steps_grow(tmp_path, ckpt, monkeypatch):
+    """The pool is as large as the run that began with it wanted."""
+    monkeypatch.setenv("MINDISTILL_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    words = ["issd.py", "--ckpt", ckpt, "--out", out, "--batch-size", 8, "--nfe", 3,
+             *"--data synthetic --lam 0.1 --eval-samples 0".split()]
+    inside(*words, "--steps", 2)
+    held = torch.load(out / "last.pt", weights_only=True)
+    held["args"]["steps"] = 4
+    torch.save(held, out / "last.pt")
+    said = inside(*words, "--steps", 4)
+    assert "16 samples of the base model itself, 3 steps" in said
+    pool, = (tmp_path / "cache").glob("synthetic-*")
+    assert pool.name.endswith("-16")
+    whole = torch.load(out / "last.pt", weights_only=True)
+    assert (whole["step"], whole["pool_size"]) == (4, 16)

@@ -9,8 +9,9 @@ from method_runs import load, report_of, write_edm_teacher, write_uncond
 from processes import start_and_signal, workers
 
 import kd
-from kit import checkpoints
+from kit import cache, checkpoints
 from kit.run import EMA, Guard
+from kit.sampling import sample_chunks
 
 GUIDED = ("--w", 1, 4, "--dropout", 0.1)
 
@@ -69,15 +70,49 @@ def test_two_teachers_and_the_table(tmp_path, teacher):
     assert (out / "samples.png").exists()
     assert report_of(inside(*command)) == report_of(said)
     dsm = load(out / "dsm")
+    assert "quality is not measured" not in said
+    assert "score matching step 8/8" in said  # the control's own name
     assert "guidance" not in dsm["arch"]
+    assert (dsm["knows_null"], dsm["w"]) == (True, None)
+    made = load(out)
+    assert (made["knows_null"], made["w"], made["cfg"]) == (False, [1, 4], 1.25)
     assert dsm["args"]["alpha"] == 1
     assert dsm["args"]["dropout"] == dsm["args"]["drop"] == 0.1
 
 
-def test_a_guided_student_learns_from_its_teachers_samples(tmp_path, teacher):
-    inside(*words(teacher, tmp_path / "z", "--uncond", write_uncond(teacher, tmp_path),
-                  *"--w 1 4 --data synthetic:3 --steps 1".split()))
-    assert len(losses(tmp_path / "z")) == 1
+def test_two_teachers_make_their_data_together(tmp_path, teacher, monkeypatch):
+    """The first has not learned the null label. The baseline takes the same samples; with another
+    second teacher there are others."""
+    monkeypatch.setenv("MINDISTILL_CACHE", str(tmp_path / "cache"))
+    first = torch.load(teacher, weights_only=True)
+    torch.save({**first, "knows_null": False}, tmp_path / "first.pt")
+    uncond = write_uncond(teacher, tmp_path)
+    asked = []
+
+    def spy(net, *more, **named):
+        if "synthetic data" in more:
+            asked.append(net)
+        return sample_chunks(net, *more, **named)
+
+    monkeypatch.setattr(cache.sampling, "sample_chunks", spy)
+    command = "--w 1 4 --cfg 2 --data synthetic:3 --steps 1 --eval-samples 4".split()
+    inside(*words(tmp_path / "first.pt", tmp_path / "z", "--uncond", uncond, *command))
+    assert len(losses(tmp_path / "z")) == len(losses(tmp_path / "z" / "dsm")) == 1
+    assert len(asked) == 1 and asked[0].guidance
+
+    other = torch.load(uncond, weights_only=True)
+    other["ema"] = {k: v * 1.01 for k, v in other["model"].items()}
+    torch.save(other, tmp_path / "other.pt")
+    inside(*words(tmp_path / "first.pt", tmp_path / "y", "--uncond", tmp_path / "other.pt",
+                  *command, "--eval-samples", 0))
+    assert len(list((tmp_path / "cache").glob("synthetic-*"))) == len(asked) == 2
+
+
+@pytest.mark.parametrize("drop", [0, 0.1])
+def test_a_student_knows_the_null_label_if_labels_were_dropped(tmp_path, teacher, drop):
+    inside(*words(teacher, tmp_path, "--steps", 1, "--drop", drop))
+    made = load(tmp_path)
+    assert (made["knows_null"], made["w"]) == (drop > 0, None)
 
 
 # ---- Plans -------------------------------------------------------------------------------------
@@ -100,7 +135,7 @@ def test_the_plan_counts_what_the_paper_counts():
         assert text in plan
 
     plan = plan_of("--model DDPM++-t-uncond --batch-size 128")
-    for text in ("labels dropped 0,", "after 78,125 steps", "dropout 0,"):
+    for text in ("no labels,", "after 78,125 steps", "dropout 0,"):
         assert text in plan
 
     plan = plan_of("--model DiT-XL/2 --student DiT-S/2")  # upstream's DiT knows the null label
@@ -110,7 +145,7 @@ def test_the_plan_counts_what_the_paper_counts():
     assert "steps, " not in plan.split("sampling")[1]
 
     plan = plan_of("--model SD-v1.5 --data latents")
-    for text in ("into SD-KD, 309.0M", "labels dropped 0.1", "half-life 3,548,672"):
+    for text in ("into SD-KD, 309.0M", "prompts dropped 0.1", "half-life 3,548,672"):
         assert text in plan
 
 
@@ -129,7 +164,7 @@ def first_steps(monkeypatch, n, *command):
     def spy(student, teacher, *rest):
         if len(calls) == n:
             raise Seen
-        _schedule, _x0, y, _t, _noise, w, prediction, alpha = rest
+        _schedule, _x0, y, _t, _noise, w, prediction, alpha, _of_eps = rest
         net = student.net
         calls.append(dict(teacher=teacher, y=y, w=w, prediction=prediction, alpha=alpha,
                           dropout=getattr(net, "dropout", None), training=net.training))
@@ -196,9 +231,9 @@ def test_rate_average_and_what_is_written(tmp_path, teacher, monkeypatch):
     monkeypatch.setattr(EMA, "update", ema_update)
     inside(*words(teacher, tmp_path, *"--warmup 4 --lr 0.01 --half-life 100".split(),
                   *"--cfg 2.5 --w 2 4 --nfe 7".split()))
-    assert rates == pytest.approx([0.0025, 0.005, 0.0075] + [0.01] * 5)
-    half_lives = [min(100, 0.05 * 8 * n) for n in range(1, 9)]
-    assert decays == pytest.approx([0.5 ** (8 / half_life) for half_life in half_lives])
+    assert rates == pytest.approx([0, 0.0025, 0.005, 0.0075] + [0.01] * 4)
+    half_lives = [min(100, 0.05 * 8 * n) for n in range(1, 8)]
+    assert decays == pytest.approx([0] + [0.5 ** (8 / half_life) for half_life in half_lives])
     made = load(tmp_path)
     assert (made["cfg"], made["nfe"], made["solver"]) == (2.5, 7, "heun")
     assert (made["prediction"], made["classes"]) == ("edm", 10)

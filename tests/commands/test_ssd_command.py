@@ -109,7 +109,7 @@ def test_a_distilled_model_keeps_its_grid_and_two_processes_agree(tmp_path, tiny
 def test_t_zero_is_a_time_of_a_velocity_model(tmp_path, flow):
     plan = run("--ckpt", flow, *"--nfe 250 --only-step 250 --eval-samples 0 --dry-run".split(),
                "--out", tmp_path / "x")
-    assert "node 250 only" in plan
+    assert "pair 250 only" in plan
 
 
 def test_it_trains_on_its_own_samples_and_tells_the_plan(tmp_path, ckpt, tiny, monkeypatch):
