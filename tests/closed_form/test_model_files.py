@@ -59,10 +59,11 @@ def test_lightning_average_and_safetensors(tmp_path):
 
 
 def test_upstream_file_with_other_classes(tmp_path):
-    """A raw DiT-S/8 for 7 classes: the name gives the shape, the label table the classes."""
+    """A raw DiT-S/8 for 7 classes: the name gives the shape, and --classes says what the rows of
+    the label table are."""
     net = models.fill_random(models.build(models.make_arch("DiT-S/8", 32, 4, 7, True)))
     torch.save({"ema": net.state_dict()}, tmp_path / "x.pt")
-    loaded, spec = checkpoints.load_model(tmp_path / "x.pt", "DiT-S/8")
+    loaded, spec = checkpoints.load_model(tmp_path / "x.pt", "DiT-S/8", classes=7)
     assert spec["classes"] == loaded.num_classes == 7
     assert spec["cfg"] == 1.5
     assert spec["scale"] == 0.18215
@@ -77,7 +78,7 @@ def test_sit_files(tmp_path, repa):
     if repa:
         sd = sd | {"projectors.0.0.weight": torch.zeros(2, 2)}
     torch.save({"ema": sd}, tmp_path / "x.pt")
-    loaded, spec = checkpoints.load_model(tmp_path / "x.pt", "SiT-Na/8")
+    loaded, spec = checkpoints.load_model(tmp_path / "x.pt", "SiT-Na/8", classes=7)
     assert spec["prediction"] == "velocity"
     assert spec["schedule"] == "interpolant"
     assert spec["classes"] == 7
@@ -90,10 +91,10 @@ def test_sit_files(tmp_path, repa):
 
     torch.save(sd | {"decoder.weight": torch.zeros(1)}, tmp_path / "y.pt")
     with pytest.raises(UserError, match=r"\(unexpected 1: decoder.weight\)"):
-        checkpoints.load_model(tmp_path / "y.pt", "SiT-Na/8")
+        checkpoints.load_model(tmp_path / "y.pt", "SiT-Na/8", classes=7)
     if repa:  # A DiT does not take the heads.
         with pytest.raises(UserError, match="unexpected 1: projectors.0.0.weight"):
-            checkpoints.load_model(tmp_path / "x.pt", "DiT-Na/8")
+            checkpoints.load_model(tmp_path / "x.pt", "DiT-Na/8", classes=7)
 
 
 # ---- The U-Net of latent diffusion -------------------------------------------------------------
@@ -120,7 +121,7 @@ def test_unet_files(tmp_path, monkeypatch, context, form):
         path = tmp_path / "x.ckpt"
         torch.save(sd if form == "raw" else held, path)
 
-    loaded, spec = checkpoints.load_model(path, name)
+    loaded, spec = checkpoints.load_model(path, name, classes=10)
     assert spec["classes"] == loaded.num_classes == (10 if context == "class" else 0)
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, sd[key] + (average and key not in beside))

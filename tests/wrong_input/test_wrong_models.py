@@ -39,9 +39,9 @@ def test_wrong_keys_and_shapes_are_named():
     sd = small_dit().state_dict()
     sd["blocks.0.mlp.fc1.weight"] = torch.zeros(3, 3)
     sd["extra.weight"] = torch.zeros(1)
-    del sd["pos_embed"]
+    del sd["x_embedder.proj.bias"]
     line = (
-        "missing 1: pos_embed; unexpected 1: extra.weight; "
+        "missing 1: x_embedder.proj.bias; unexpected 1: extra.weight; "
         r"misshaped 1: blocks.0.mlp.fc1.weight \(3, 3\) instead of"
     )
     with pytest.raises(UserError, match=line):
