@@ -109,6 +109,7 @@ def read_safetensors(path):
     header_length = struct.unpack("<Q", raw[:8].tobytes())[0]
     start = 8 + header_length
     header = json.loads(raw[8:start].tobytes())
+    raw = torch.from_numpy(raw)
     header.pop("__metadata__", None)
     tensors = {}
     for key, entry in header.items():
@@ -120,8 +121,8 @@ def read_safetensors(path):
         dtype = DTYPES[entry["dtype"]]
         content = raw[start + begin:start + end]
         if (start + begin) % dtype.itemsize:
-            content = np.array(content)  # where it begins, such numbers cannot begin in memory
-        tensors[key] = torch.from_numpy(content).view(dtype).reshape(entry["shape"])
+            content = content.clone()  # where it begins, such numbers cannot begin in memory
+        tensors[key] = content.view(dtype).reshape(entry["shape"])
     return tensors
 
 

@@ -12,6 +12,7 @@ import sys
 import types
 import uuid
 import warnings
+import zipfile
 
 import edm_pickles
 import numpy as np
@@ -145,7 +146,6 @@ HARM = (b"cos\nsystem\n", b"cposix\nsystem\n", b"csubprocess\nPopen\n", b"c__bui
 
 def zip_of(content, path):
     """A file as torch.save() writes it, whose pickle is `content`."""
-    import zipfile
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as f:
         f.writestr("x/data.pkl", content)
         f.writestr("x/version", "3\n")
@@ -210,6 +210,19 @@ def test_a_number_of_object_type_stays_inert(tmp_path):
     number = b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(VO8\nI00\nI01\ntR" + raw + b"tR"
     zip_of(b"\x80\x03}(X\x01\x00\x00\x00a" + number + b"u.", tmp_path / "x.pt")
     assert isinstance(checkpoints.read_file(tmp_path / "x.pt")["a"], unpickle.Inert)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_programs_are_not_run(tmp_path):
+    """Also as the bytes of a tensor's numbers. torch.load would run them, whatever it is told."""
+    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "x.pt")
+    program = (tmp_path / "x.pt").read_bytes()
+    with pytest.raises(pickle.UnpicklingError, match="TorchScript"):
+        unpickle.load_torch(tmp_path / "x.pt")
+    inside = b"ctorch.storage\n_load_from_bytes\n(B" + len(program).to_bytes(4, "little")
+    zip_of(b"\x80\x03}(X\x01\x00\x00\x00a" + inside + program + b"tRu.", tmp_path / "x.pt")
+    with pytest.raises(checkpoints.UserError, match="cannot be read .*TorchScript"):
+        checkpoints.read_file(tmp_path / "x.pt")
 
 
 def test_a_file_changes_nothing_of_this_project(tmp_path):
