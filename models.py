@@ -21,7 +21,8 @@ Every network is called in the same way:
 
     x  (B, C, H, W)  noisy images or latents
     t  (B,)          times: 0 to 999 (DiT, UNet), 0 to 1 (SiT) or noise levels above 0 (DDPMpp)
-    y  (B,)          labels 0 to K-1, or K for "no label"; UNet may take embedded prompts instead
+    y  (B,)          labels 0 to K-1, or K for "no label" where the network was made with a null
+                     label; UNet may take embedded prompts instead
     w  (B,)          scales of guidance, for a network made with guidance=True
 
 and has the same attributes:
@@ -156,11 +157,14 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels y (B,) long, 0 to num_classes -> (B, D). The last row is the null label's."""
+    """Labels y (B,) long, 0 to num_classes -> (B, D).
 
-    def __init__(self, num_classes, dim):
+    null_label  the last row is the null label's. False: there is no such row
+    """
+
+    def __init__(self, num_classes, dim, null_label=True):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        self.embedding_table = nn.Embedding(num_classes + null_label, dim)
 
     def forward(self, y):
         return self.embedding_table(y)
@@ -246,6 +250,8 @@ class DiT(nn.Module):
     guidance     the network takes the scale w of guidance as an input. Our addition, after Meng et
                  al., "On Distillation of Guided Diffusion Models", arXiv:2210.03142. The embedding
                  of w starts at zero: the weights of a network without w work here unchanged
+    null_label   False: a network that was trained without dropping labels. Its table has K rows,
+                 as upstream's with class_dropout_prob = 0, and it cannot be called with y = K
     """
 
     cfg_channels = 3  # Upstream guides 3 of 4 channels. Unintended, say its authors, but published.
@@ -262,6 +268,7 @@ class DiT(nn.Module):
         num_classes=1000,
         learn_sigma=True,
         guidance=False,
+        null_label=True,
     ):
         super().__init__()
         self.arch = dict(
@@ -277,6 +284,8 @@ class DiT(nn.Module):
         )
         if guidance:
             self.arch["guidance"] = True
+        if not null_label:
+            self.arch["null_label"] = False
         self.patch_size = patch_size
         self.num_classes = num_classes
         self.guidance = guidance
@@ -286,7 +295,7 @@ class DiT(nn.Module):
         out_channels = 2 * in_channels if learn_sigma else in_channels
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_label)
         self.w_embedder = TimestepEmbedder(hidden_size) if guidance else None
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
@@ -561,6 +570,7 @@ class UNet(nn.Module):
                            "text"   y (B, S, context_dim), embedded prompts: they are the context
     context_dim            width of the context
     num_classes            K
+    null_label             False: the table of embeddings has K rows, and there is no null label
 
     The table of "class" is a model of its own upstream, beside the U-Net. Here the U-Net holds it,
     under upstream's key CLASS_TABLE. This is the only key that UNetModel does not have.
@@ -585,6 +595,7 @@ class UNet(nn.Module):
         context="none",
         context_dim=None,
         num_classes=0,
+        null_label=True,
     ):
         super().__init__()
         self.arch = dict(
@@ -603,6 +614,8 @@ class UNet(nn.Module):
             context_dim=context_dim,
             num_classes=num_classes,
         )
+        if not null_label:
+            self.arch["null_label"] = False
         self.context = context
         self.num_classes = num_classes
         self.sample_shape = (in_channels, input_size, input_size)
@@ -614,7 +627,7 @@ class UNet(nn.Module):
             nn.Linear(emb_channels, emb_channels),
         )
         if context == "class":
-            table = nn.Embedding(num_classes + 1, context_dim)
+            table = nn.Embedding(num_classes + null_label, context_dim)
             self.cond_stage_model = nn.ModuleDict({"embedding": table})
 
         self.input_blocks, skips = self.make_input_blocks()

@@ -19,11 +19,16 @@ from kit.sampling import SampleOptions
 # ---- The base model ----------------------------------------------------------------------------
 
 
+def naming(args):
+    """What the user says of a file that does not say what it is: name, side of images, classes."""
+    return args.model, args.image_size, getattr(args, "classes", None)
+
+
 def resolve_checkpoint(args):
     """--ckpt as a path, or None. A URL is fetched once; for --dry-run it stays a URL."""
     if args.ckpt is None or args.dry_run or "://" not in args.ckpt:
         return args.ckpt
-    return str(checkpoints.local_path(args.ckpt, args.model, args.image_size))
+    return str(checkpoints.local_path(args.ckpt, *naming(args)))
 
 
 def describe_base(args, prediction="eps"):
@@ -35,7 +40,7 @@ def describe_base(args, prediction="eps"):
     if args.model is None and args.ckpt is None:
         return describe_digits_teacher(prediction)
     is_remote = args.ckpt is None or "://" in args.ckpt
-    return checkpoints.describe(None if is_remote else args.ckpt, args.model, args.image_size)
+    return checkpoints.describe(None if is_remote else args.ckpt, *naming(args))
 
 
 def describe_digits_teacher(prediction):
@@ -86,7 +91,7 @@ def load_base(args, proc, make_teacher, prediction="eps"):
     elif path is None:
         path = checkpoints.upstream_checkpoint(args.model, args.image_size, cache_folder())
     say(proc, f"{role}: {path}")
-    net, spec = checkpoints.load_model(path, args.model, args.image_size)
+    net, spec = checkpoints.load_model(path, *naming(args))
     return net, spec, str(path)
 
 

@@ -1,18 +1,17 @@
 """Files of weights: reading what others have written, and strict loading.
 
 A checkpoint of ours is a plain dictionary that says what it holds. Other files are read, too:
-upstream's, raw state dicts, Lightning's, safetensors, and EDM's pickled networks.
+upstream's, raw state dicts, Lightning's, safetensors, and EDM's pickled networks; see
+kit/unpickle.py.
 
 What a checkpoint says of itself, without its weights, is its `spec`: see describe().
 """
-import io
 import json
-import pickle
+import os
 import re
 import struct
+import tarfile
 import zipfile
-from argparse import Namespace
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,8 @@ import torch
 
 from kit.cli import UserError, cache_folder, user_errors
 from kit.download import fetch
-from models import CLASS_TABLE, DDPMPP, SIGMA_DATA, UNETS, build, make_arch
+from kit.unpickle import is_network, load_edm, load_torch, weights_of
+from models import CLASS_TABLE, DDPMPP, SIGMA_DATA, UNETS, build, make_arch, sincos_2d
 
 # ---- Released weights --------------------------------------------------------------------------
 
@@ -75,20 +75,34 @@ UNET_DEFAULTS = {
     "LDM-Churches": dict(LDM_SPEC, schedule="ldm-churches"),
 }
 
+# How other training scripts mark a transformer in the arguments that they save: upstream's REPA has
+# these, and SiT's "path_type" and "prediction" can be others than the released ones.
+REPA_ARGUMENTS = {"proj_coeff", "enc_type", "encoder_depth"}
+KNOWN_ARGUMENTS = {"path_type": ("linear",), "prediction": ("velocity", "v")}
+
+CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+                 "truck"]
+
+
+def imagenet_names():
+    """The names of ImageNet's 1,000 class folders, in the order of the labels."""
+    file = Path(__file__).parents[1] / "assets" / "imagenet_synsets.txt"
+    return file.read_text().split()
+
 
 # ---- Reading files -----------------------------------------------------------------------------
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
-# Lightning's files name this class. An empty class in its place is enough.
-LIGHTNING = type("ModelCheckpoint", (),
-                 {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
-LIGHTNING_PREFIX = "model.diffusion_model."
+ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+
+# How torch.save began before it wrote zip files.
+LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def read_safetensors(path):
-    """A safetensors file -> {name: tensor}.
+    """A safetensors file -> {name: tensor}. The numbers stay on the disk until they are used.
 
     The format: the header's length (8 bytes, little-endian), a JSON header, raw tensors.
     """
@@ -96,186 +110,363 @@ def read_safetensors(path):
     header_length = struct.unpack("<Q", raw[:8].tobytes())[0]
     start = 8 + header_length
     header = json.loads(raw[8:start].tobytes())
+    raw = torch.from_numpy(raw)
     header.pop("__metadata__", None)
     tensors = {}
     for key, entry in header.items():
         begin, end = entry["data_offsets"]
         if start + end > len(raw):
             raise ValueError(f"{key} ends beyond the file")
-        content = torch.from_numpy(np.array(raw[start + begin:start + end]))
-        tensors[key] = content.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{key} has the type {entry['dtype']}, which is not read")
+        dtype = DTYPES[entry["dtype"]]
+        content = raw[start + begin:start + end]
+        if (start + begin) % dtype.itemsize:
+            content = content.clone()  # where it begins, such numbers cannot begin in memory
+        tensors[key] = content.view(dtype).reshape(entry["shape"])
     return tensors
-
-
-def read_pickle(path):
-    """A pickled network of EDM -> {"ema": state dict, "network": its class's name, "sigma_data"}.
-
-    Nothing that the file brings is run. Such a file holds objects with the source of their classes
-    (torch_utils.persistence). Here every object becomes an Inert, which keeps what the object was
-    made from. Besides them there are tensors and plain containers. Every other name is refused.
-    """
-    names = _names_in_pickles()
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if (module, name) not in names:
-                raise pickle.UnpicklingError(f"it names {module}.{name}")
-            return names[module, name]
-
-    with open(path, "rb") as f:
-        net = Unpickler(f).load()["ema"]
-    return {"ema": _weights_of(net), "network": net.args[0]["class_name"],
-            "sigma_data": _state_of(net).get("sigma_data")}
-
-
-def _names_in_pickles():
-    """{(module, name): what stands for it} for read_pickle.
-
-    Everything here is made anew for every file, since a pickle may set attributes of what it names.
-    """
-    class Inert:
-        def __new__(cls, *args):
-            self = super().__new__(cls)
-            self.args = args
-            self.state = None
-            return self
-
-        def __init__(self, *args):
-            pass
-
-        def __setstate__(self, state):
-            self.state = state
-
-    def load_storage(raw):
-        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-
-    def make_tensor(storage, offset, size, stride, *_):
-        return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, OrderedDict())
-
-    def make_parameter(tensor, *_):
-        return tensor
-
-    return {
-        ("torch._utils", "_rebuild_tensor_v2"): make_tensor,
-        ("torch._utils", "_rebuild_parameter"): make_parameter,
-        ("torch.storage", "_load_from_bytes"): load_storage,
-        ("collections", "OrderedDict"): OrderedDict,
-        ("dnnlib.util", "EasyDict"): dict,
-        ("torch_utils.persistence", "_reconstruct_persistent_obj"): Inert,
-        ("torch.nn.modules.container", "ModuleDict"): Inert,
-        ("numpy.core.multiarray", "scalar"): Inert,
-        ("numpy.core.multiarray", "_reconstruct"): Inert,
-        ("numpy._core.multiarray", "scalar"): Inert,
-        ("numpy._core.multiarray", "_reconstruct"): Inert,
-        ("numpy", "dtype"): Inert,
-        ("numpy", "ndarray"): Inert,
-    }
-
-
-def _state_of(module):
-    """The attributes of an unpickled module. Persistent objects keep them in their one argument."""
-    return module.state or module.args[0]["state"]
-
-
-def _weights_of(module, prefix=""):
-    """The state dict of an unpickled module and of all modules below it."""
-    state = _state_of(module)
-    not_saved = state.get("_non_persistent_buffers_set", ())
-    weights = {}
-    for name, tensor in {**state["_parameters"], **state["_buffers"]}.items():
-        if isinstance(tensor, torch.Tensor) and name not in not_saved:
-            weights[prefix + name] = tensor
-    for name, child in state["_modules"].items():
-        if child is not None:
-            weights.update(_weights_of(child, f"{prefix}{name}."))
-    return weights
 
 
 def read_file(path):
     """Any checkpoint file -> the dict that it holds, on the CPU. Raises UserError."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file; give --ckpt an existing one")
+        raise UserError(f"checkpoint {path}: {explain_missing(path)}")
+    with open(path, "rb") as f:
+        head = f.read(1024)
+    other = other_kind(path, head)
+    if other:
+        raise UserError(f"checkpoint {path}: cannot be read, it is {other}")
     try:
-        if ".safetensors" in path.name:  # the ending is not the last one while it is downloaded
-            return read_safetensors(path)
-        if ".pkl" in path.name:
-            return read_pickle(path)
-        torch.serialization.add_safe_globals([Namespace, LIGHTNING])  # DiT pickles its arguments
-        mmap = zipfile.is_zipfile(path)
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        held = read_weights(path, head)
     except Exception as e:  # a damaged file fails in as many ways as there are formats
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f"checkpoint {path}: cannot be read ({type(e).__name__}: {reason[:160]}); "
+        reason = one_line(e)
+        if reason.startswith("it names"):
+            raise UserError(f"checkpoint {path}: cannot be read, {reason}, which has no place "
+                            "beside weights; nothing of it was run: save its state dict alone, or "
+                            "get the file elsewhere")
+        raise UserError(f"checkpoint {path}: cannot be read ({type(e).__name__}: {reason}); "
                         "it is damaged or not a file of weights")
-    if not isinstance(held, dict) or not held:
+    if not isinstance(held, dict) or not (held or is_network(held)):
         raise UserError(f"checkpoint {path}: holds no weights")
     return held
+
+
+def read_weights(path, head):
+    """read_file() by the format that the first bytes tell."""
+    if head[8:9] == b"{":
+        return read_safetensors(path)
+    if head.startswith(ZIP):
+        return load_torch(path, mmap=True)
+    if LEGACY_TORCH in head[:20]:
+        return load_torch(path)
+    if head.startswith(b"\x80"):
+        return load_edm(path)
+    raise ValueError("no known format")
+
+
+def one_line(error):
+    """What an error says, in one line without control characters."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or "no reason"
+    return "".join(c if c.isprintable() else "?" for c in text.splitlines()[0])[:160]
+
+
+# ---- What is no file of weights ----------------------------------------------------------------
+
+SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors", ".pkl", ".bin")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+TAKES = f"--ckpt takes a file of weights ({', '.join(SUFFIXES)})"
+CONVERT = "convert it to the upstream (CompVis or DiT) layout first"
+
+# How other kinds of files begin.
+BEGINNINGS = {
+    b"\x93NUMPY": f"an array, such as samples or latents; {TAKES}",
+    b"\x89PNG": f"an image; {TAKES}",
+    b"\xff\xd8\xff": f"an image; {TAKES}",
+    b"\x89HDF": f"an HDF5 file; {TAKES}",
+    b"GGUF": f"a GGUF file, whose weights are rounded; {TAKES}",
+    b"\x1f\x8b": "a packed archive; unpack it and give the file of weights",
+    b"BZh": "a packed archive; unpack it and give the file of weights",
+    b"7z\xbc\xaf": "a packed archive; unpack it and give the file of weights",
+    b"Rar!": "a packed archive; unpack it and give the file of weights",
+}
+
+
+def explain_missing(path):
+    """What to say of a path that is no file."""
+    if path.is_dir():
+        return explain_folder(path)
+    if is_model_name(str(path)):
+        return f"no such file; {path} is a network's name, which is given with --model"
+    if len(path.parts) == 2 and not path.parent.exists() and path.suffix not in SUFFIXES:
+        return ("no such file; names of the Hugging Face hub are not fetched: give the path or the "
+                "URL of one file, or --model DiT-XL/2 alone for the released weights")
+    return "no such file; give --ckpt an existing one"
+
+
+def explain_folder(path):
+    """What to say of a folder."""
+    names = sorted(os.listdir(path))
+    files = [name for name in names if name.endswith(SUFFIXES)]
+    if "last.pt" in names:
+        return f"is a folder; give --ckpt {path / 'last.pt'}"
+    if "model_index.json" in names or any("diffusion_pytorch_model" in name for name in names):
+        return f"is a folder in diffusers' layout; {CONVERT}"
+    if any(name.endswith(".distcp") for name in names):
+        return ("is a checkpoint in parts; make one file of it: python -m "
+                f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} whole.pt")
+    if files:
+        return f"is a folder; give --ckpt one of its files, for example {path / files[0]}"
+    if holds_images(path):
+        return f"is a folder of images, which are given with --data; {TAKES}"
+    return f"is a folder without a file of weights; {TAKES}"
+
+
+def holds_images(path):
+    """Do images lie in a folder, or in one of the folders there?"""
+    for entry in [path, *path.iterdir()]:
+        if entry.is_dir() and any(name.lower().endswith(IMAGES) for name in os.listdir(entry)):
+            return True
+    return False
+
+
+def is_model_name(text):
+    """Is this the name of a network, such as DiT-XL/2?"""
+    try:
+        make_arch(text, 64, 4, 10)
+    except ValueError:
+        return False
+    return True
+
+
+def other_kind(path, head):
+    """What a file is, if not weights, and what to do; None where it may be weights.
+
+    head: its first 1,024 bytes.
+    """
+    if not head:
+        return "empty; copy or download it again"
+    for beginning, kind in BEGINNINGS.items():
+        if head.startswith(beginning):
+            return kind
+    if head.startswith(ZIP):
+        return kind_of_zip(path)
+    if b"\0" not in head and is_text(head):
+        return kind_of_text(head)
+    if tarfile.is_tarfile(path):
+        return "a packed archive; unpack it and give the file of weights"
+    return None
+
+
+def kind_of_zip(path):
+    """other_kind() of a zip file. torch.save's hold a data.pkl."""
+    if not zipfile.is_zipfile(path):
+        return "damaged, it ends too early; copy or download it again"
+    names = zipfile.ZipFile(path).namelist()
+    last = {name.rsplit("/", 1)[-1].lower() for name in names}
+    if "constants.pkl" in last:
+        return "a TorchScript archive, which holds a program; torch.save its state_dict() instead"
+    if "data.pkl" in last:
+        return None
+    if any(name.endswith(".npy") for name in last):
+        return f"an .npz of arrays, such as samples or latents; {TAKES}"
+    return (f"a zip archive of other files ({', '.join(names[:2])}); unpack it and give the file "
+            "of weights")
+
+
+def is_text(head):
+    """Are these bytes, which may end within a character, UTF-8?"""
+    try:
+        head.decode()
+    except UnicodeDecodeError as e:
+        return e.start >= len(head) - 3 > 0
+    return True
+
+
+def kind_of_text(head):
+    """other_kind() of a text file."""
+    text = head.decode(errors="replace").lstrip("\ufeff \t\r\n").lower()
+    if text.startswith("version https://git-lfs"):
+        return "git-lfs's pointer to the weights, not the weights; fetch them with: git lfs pull"
+    if text.startswith("<"):
+        return ("a web page, saved in place of the file that it offers; download the file itself")
+    return f"a text file; {TAKES}"
 
 
 # ---- Strict loading ----------------------------------------------------------------------------
 
 
-def find_weights(ckpt, wanted):
-    """The state dict inside a checkpoint, under plain names.
+# Keys that one network has and nothing beside it: the network lies where one of them lies.
+LANDMARK = re.compile(r"(|.*\.)(final_layer\.linear\.weight|input_blocks\.0\.0\.weight|"
+                      r"model\.enc\.\d+x\d+_conv\.weight)")
 
-    ckpt: our dict, or upstream's ("ema" before "model" before "state_dict"), or a raw state dict.
-    Keys may have the prefixes of DDP ("module.") and torch.compile ("_orig_mod."), or be those of
-    Lightning files of latent diffusion. wanted: the keys that the network has.
+# What torch.compile, FSDP and activation checkpointing put into the middle of keys.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# Words that say nothing of which network it is, and those that say it is an average.
+PLAIN_WORDS = {"model", "module", "net", "network", "state_dict", "model_state_dict",
+               "diffusion_model", "unet", "transformer", "backbone", "denoiser"}
+AVERAGE = re.compile(r"(?<![a-z])(ema|swa|avg|average|averaged|shadow)(?![a-z])")
+LORA = re.compile(r"(^|[._])lora(_A|_B|_down|_up|_a|_b)?[._]")
+
+
+def find_weights(ckpt, name, net=None):
+    """The state dict inside a checkpoint, under plain names: an average where the file has one.
+
+    ckpt  our dict, or anything that holds one network: its keys may have any prefix, as those of
+          DDP, FSDP, torch.compile and Lightning, and lie in dictionaries of any names
+    name  what errors call the checkpoint
+    net   the network, which a list of averaged parameters needs for their names. Without it the
+          list is left out
+
+    Raises UserError.
     """
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(ckpt.get(key), dict):
-            ckpt = ckpt[key]
-            break
+    if "format" in ckpt:
+        return ckpt["ema"]
+    tensors = {WRAPPERS.sub("", key): value for key, value in _named_tensors(ckpt).items()}
+    shadow = _shadow_parameters(ckpt)
+    prefix = _network_prefix(tensors, name)
+    _refuse_others(ckpt, tensors, name, shadow or prefix is not None)
     weights = {}
-    for key, value in ckpt.items():
-        if isinstance(value, torch.Tensor):
-            weights[re.sub(r"^(module\.|_orig_mod\.)+", "", key)] = value
-    if any(key.startswith(LIGHTNING_PREFIX) for key in weights):
-        return _lightning_weights(weights, wanted)
+    if prefix is not None:
+        weights = _under(tensors, prefix)
+        if not AVERAGE.search(prefix.lower()):
+            weights.update(_lightning_average(tensors, prefix, weights))
+    elif not shadow:
+        inside = [key for key in ("ema", "model", "state_dict") if isinstance(ckpt.get(key), dict)]
+        weights = _under(tensors, f"{inside[0]}." if inside else "")
+    if shadow and net is not None and not AVERAGE.search((prefix or "").lower()):
+        weights.update(_name_parameters(shadow, net, name))
     return weights
 
 
-def _lightning_weights(weights, wanted):
-    """The network in a Lightning file of latent diffusion: its average where the file has one.
+def _named_tensors(held, prefix=""):
+    """Nested dictionaries -> {keys joined by dots: tensor}."""
+    tensors = {}
+    for key, value in (weights_of(held) if is_network(held) else held).items():
+        if isinstance(value, torch.Tensor):
+            tensors[f"{prefix}{key}"] = value
+        elif isinstance(value, dict) and isinstance(key, str):
+            tensors.update(_named_tensors(value, f"{prefix}{key}."))
+    return tensors
 
-    The weights are "model.diffusion_model.*". The average lies under "model_ema.*", whose names
-    have lost their dots. The table of classes lies beside both.
+
+def _under(tensors, prefix):
+    """The tensors whose keys have this prefix, without it."""
+    return {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _network_prefix(tensors, name):
+    """The prefix of the network to use, or None where there is none. Raises UserError."""
+    prefixes = []
+    for key in tensors:
+        match = LANDMARK.fullmatch(key)
+        if match:
+            prefixes.append(match[1])
+    averages = [prefix for prefix in prefixes if AVERAGE.search(prefix.lower())]
+    plain = [prefix for prefix in prefixes if PLAIN_WORDS.issuperset(prefix.split(".")[:-1])]
+    best = averages or plain or prefixes
+    if len(best) > 1:
+        names = ", ".join(prefix.rstrip(".") or "the top" for prefix in best)
+        raise UserError(f"checkpoint {name}: holds several networks ({names}); torch.save the "
+                        "state dict of the one to use alone")
+    return best[0] if best else None
+
+
+def _lightning_average(tensors, prefix, weights):
+    """What lies beside a network in a Lightning file of latent diffusion -> {key: tensor}.
+
+    The network is "model.*" or "model.diffusion_model.*". Its average lies under "model_ema.*",
+    whose names have lost their dots; frozen weights are not averaged. The table of classes lies
+    beside both.
     """
-    beside = {key: weights[key] for key in wanted if key in weights}
-    averaged = {}
-    for key in wanted:
-        if key not in beside:
-            averaged[key] = "model_ema.diffusion_model" + key.replace(".", "")
-    if averaged and all(name in weights for name in averaged.values()):
-        return {key: weights[name] for key, name in averaged.items()} | beside
-    plain = {key[len(LIGHTNING_PREFIX):]: value for key, value in weights.items()
-             if key.startswith(LIGHTNING_PREFIX)}
-    return plain | beside
+    match = re.fullmatch(r"(|.*\.)model\.(|.*\.)", prefix)
+    if not match:
+        return {}
+    root, inside = match.groups()
+    found = {}
+    for key in weights:
+        averaged = f"{root}model_ema." + (inside + key).replace(".", "")
+        if averaged in tensors:
+            found[key] = tensors[averaged]
+    if root + CLASS_TABLE in tensors:
+        found[CLASS_TABLE] = tensors[root + CLASS_TABLE]
+    return found
+
+
+def _shadow_parameters(held):
+    """The averaged parameters that torch_ema, diffusers and others keep as a list, or None."""
+    shadow = held.get("shadow_params")
+    if isinstance(shadow, list) and shadow:
+        return shadow
+    for value in held.values():
+        if isinstance(value, dict) and _shadow_parameters(value):
+            return _shadow_parameters(value)
+    return None
+
+
+def _name_parameters(shadow, net, name):
+    """A list in the order of net.parameters(), all or only trained ones -> {key: tensor}."""
+    parameters = dict(net.named_parameters())
+    parameters.pop(CLASS_TABLE, None)  # upstream keeps it beside the network
+    keys = list(parameters)
+    if len(shadow) != len(keys):
+        keys = [key for key in keys if parameters[key].requires_grad]
+    if len(shadow) != len(keys) or net.arch["net"] == "DDPM++":
+        raise UserError(f"checkpoint {name}: its list of {len(shadow)} averaged parameters, which "
+                        f"has no names, does not fit the network's {len(parameters)}; give a file "
+                        "of named weights")
+    return dict(zip(keys, shadow))
+
+
+def _refuse_others(ckpt, tensors, name, has_network):
+    """Raise UserError where a file holds weights of another kind, or none."""
+    complaint = None
+    if any(LORA.search(key) for key in tensors):
+        complaint = ("has a LoRA, additions to some layers of a network; merge it into the base "
+                     "model's weights first")
+    elif has_network:
+        return
+    elif any(map(_is_diffusers_key, tensors)):
+        complaint = f"these are diffusers' key names; {CONVERT}"
+    elif any("flat_param" in key for key in tensors):
+        complaint = "holds FSDP's flattened parameters; save the full state dict"
+    elif not tensors:
+        parts = [ckpt, *(value for value in ckpt.values() if isinstance(value, dict))]
+        optimiser = any("param_groups" in part for part in parts)
+        complaint = f"holds {'the state of an optimiser and ' if optimiser else ''}no weights"
+    if complaint:
+        raise UserError(f"checkpoint {name}: {complaint}")
+
+
+def _is_diffusers_key(key):
+    return ".to_q." in key or key.startswith(("down_blocks.", "transformer_blocks."))
 
 
 def load_weights(net, ckpt, name, hint="check --model and --image-size"):
-    """Load find_weights(ckpt) strictly into net, and return net.
+    """Load find_weights(ckpt) strictly into net, and return net. Raises UserError."""
+    net.load_state_dict(fitting_weights(net, ckpt, name, hint))
+    return net
+
+
+def fitting_weights(net, ckpt, name, hint="check --model and --image-size"):
+    """find_weights(ckpt), which has just the keys and shapes of net, which may be on "meta".
 
     Raises UserError, which calls the checkpoint `name`, names the first few differences and ends
     with `hint`.
     """
     own = net.state_dict()
     ignored = getattr(net, "ignored", ())
-    weights = {key: value for key, value in find_weights(ckpt, own.keys()).items()
+    weights = {key: value for key, value in find_weights(ckpt, name, net).items()
                if not key.startswith(ignored)}
-    if any(map(_is_diffusers_key, weights)) and not weights.keys() & own.keys():
-        raise UserError(f"checkpoint {name}: these are diffusers' key names; convert it to the "
-                        "upstream (CompVis or DiT) layout first")
+    if "pos_embed" in own and "pos_embed" not in weights:  # it is computed and never trained
+        side = net.arch["input_size"] // net.arch["patch_size"]
+        embedding = torch.from_numpy(sincos_2d(net.arch["hidden_size"], side))
+        weights["pos_embed"] = embedding.float()[None]
     differences = _differences(own, weights)
     if differences:
         raise UserError(f"checkpoint {name} does not fit the network ({differences}); {hint}")
-    net.load_state_dict(weights)
-    return net
-
-
-def _is_diffusers_key(key):
-    return ".to_q." in key or key.startswith(("down_blocks.", "transformer_blocks."))
+    return weights
 
 
 def _differences(own, weights):
@@ -298,33 +489,88 @@ def _differences(own, weights):
 
 
 @user_errors()
-def describe(ckpt, name=None, image_size=None):
+def describe(ckpt, name=None, image_size=None, classes=None):
     """The spec of a checkpoint: what it is, without its weights.
 
     ckpt        a path, or None for the released network called `name`
     name        "DiT-XL/2"; for files that do not say what they are
     image_size  in pixels; None: what the released network was made for
+    classes     how many; for files that do not say whether they have a null label
 
     Returns a dict with the keys of DIT_DEFAULTS and with name, classes and arch. Our own files say
-    all this themselves. For upstream's files it follows from name, image_size and the shapes of the
-    weights. Raises UserError.
+    all this themselves. For upstream's files it follows from name, image_size, the arguments that
+    they carry and the shapes of the weights, which must be those of the network. Raises UserError.
     """
-    held = read_file(ckpt) if ckpt else {}
+    if not ckpt:
+        return _describe(None, {}, name, image_size, classes)
+    held = read_file(ckpt)
+    spec = _describe(ckpt, held, name, image_size, classes)
+    fitting_weights(build_without_memory(spec["arch"]), held, ckpt)
+    return spec
+
+
+def build_without_memory(arch):
+    """The network on torch's meta device: keys and shapes without numbers."""
+    with torch.device("meta"):
+        return build(arch)
+
+
+def _describe(ckpt, held, name, image_size, classes):
+    """describe() of what read_file() has read; {} for a released network."""
     if "format" in held:
         return _describe_ours(ckpt, held, name)
-    weights = find_weights(held, [CLASS_TABLE])
+    weights = find_weights(held, ckpt) if held else {}
     if any(key.startswith("model.enc.") for key in weights):
         return describe_edm(ckpt, held, weights, name)
+    said = _arguments_of(held)
+    if not name and is_model_name(str(said.get("model"))):
+        name = said["model"]
     if not name:
         raise UserError(f"checkpoint {ckpt} does not say what it is; name it with --model, "
                         "for example DiT-XL/2")
+    if held and not weights:  # only a list of parameters: any network of the name knows their names
+        some = build_without_memory(make_arch(name, 64, 4, 1000, learn_sigma=True))
+        weights = find_weights(held, ckpt, some)
     if name in UNETS:
         changes, arch = _describe_unet(name, image_size, held, weights)
     elif name.startswith("DDPM++"):
         changes, arch = EDM_SPEC, make_arch(name, image_size or 32, 3, 10)  # CIFAR-10's
     else:
-        changes, arch = _describe_transformer(name, image_size, weights)
-    return dict(DIT_DEFAULTS, **changes, name=name, classes=arch["num_classes"], arch=arch)
+        side = _input_side(ckpt, image_size, weights, said)
+        changes, arch = _describe_transformer(ckpt, name, side, weights, said)
+    _count_labels(ckpt, arch, weights, said, classes)
+    return _spec(name, arch, changes)
+
+
+def _spec(name, arch, changes):
+    """The spec of a network of others. changes: how it differs from DIT_DEFAULTS."""
+    spec = dict(DIT_DEFAULTS, **changes, name=name, classes=arch["num_classes"], arch=arch)
+    if arch["net"] == "DDPM++":
+        spec["knows_null"] = False
+        if (arch["num_classes"], arch["input_size"]) == (10, 32):
+            spec["class_names"] = CIFAR10_NAMES
+    elif not _has_null(arch):
+        spec.update(knows_null=False, cfg=1.0, cfg_interval=None)
+    if arch["num_classes"] == 1000 and arch["net"] != "DDPM++":
+        spec["class_names"] = imagenet_names()
+    return spec
+
+
+def _has_null(arch):
+    """Is there a null label, or an empty prompt, from which guidance could start?"""
+    if arch.get("context") == "text":
+        return True
+    return arch["num_classes"] > 0 and arch.get("null_label", True)
+
+
+def _arguments_of(held):
+    """The arguments of the training script that a file carries -> dict, {} where it has none."""
+    for key in ("args", "hyper_parameters"):
+        value = held.get(key)
+        if isinstance(value, dict):
+            state = getattr(value, "state", None)  # of a Namespace that was not rebuilt
+            return state if isinstance(state, dict) else value
+    return {}
 
 
 def _describe_ours(ckpt, held, name):
@@ -333,7 +579,9 @@ def _describe_ours(ckpt, held, name):
         raise UserError(f"checkpoint {ckpt}: format {held['format']}, this code reads format 1")
     _check_name(ckpt, name, held["name"])
     held = {**DIT_DEFAULTS, **held}
-    return {key: held[key] for key in ("name", "arch", "classes", *DIT_DEFAULTS)}
+    spec = {key: held[key] for key in ("name", "arch", "classes", *DIT_DEFAULTS)}
+    spec["knows_null"] = spec["knows_null"] and _has_null(spec["arch"])
+    return spec
 
 
 def _check_name(ckpt, name, own):
@@ -342,17 +590,40 @@ def _check_name(ckpt, name, own):
         raise UserError(f"checkpoint {ckpt} holds {own}, not --model {name}; leave --model out")
 
 
-def _count_classes(weights):
-    """The number of classes, without the null one. 1000 where no table of labels tells."""
+def _count_labels(ckpt, arch, weights, said, classes):
+    """Set arch["num_classes"], and arch["null_label"] to False where the file has no null label.
+
+    The rows of the label table are the classes and, if labels were dropped in training, the null
+    label. said: the file's own arguments. classes: the user's. Raises UserError.
+    """
     table = weights.get(CLASS_TABLE, weights.get("y_embedder.embedding_table.weight"))
-    return 1000 if table is None else len(table) - 1
+    if table is None or not ("patch_size" in arch or arch.get("context") == "class"):
+        return
+    rows = len(table)
+    possible = [(rows - 1, True), (rows, False)]
+    dropout = said.get("class_dropout_prob", said.get("cfg_prob"))
+    fitting = [p for p in possible if said.get("num_classes", p[0]) == p[0]]
+    if isinstance(dropout, (int, float)):
+        fitting = [p for p in fitting if p[1] == (dropout > 0)]
+    if len(fitting) != 1:
+        fitting = [p for p in possible if p[0] == classes]
+    if not fitting and rows in (1, 1001):  # unconditional, ImageNet
+        fitting = possible[:1]
+    if not fitting:
+        given = "" if classes is None else f", and --classes {classes} fits neither"
+        raise UserError(f"checkpoint {ckpt}: its table of labels has {rows} rows, and it does not "
+                        f"say whether the last one is the null label{given}; give --classes {rows} "
+                        f"if it is a class, --classes {rows - 1} if it is the null label")
+    arch["num_classes"], has_null = fitting[0]
+    if not has_null:
+        arch["null_label"] = False
 
 
 def _describe_unet(name, image_size, held, weights):
     """A latent-diffusion U-Net -> (how its spec differs from DIT_DEFAULTS, its arch)."""
     made_for = 512 if name == "SD-v1.5" else 256
     side = UNETS[name]["input_size"] * (image_size or made_for) // made_for
-    arch = make_arch(name, side, UNETS[name]["in_channels"], _count_classes(weights))
+    arch = make_arch(name, side, UNETS[name]["in_channels"], 1000)
     changes = dict(UNET_DEFAULTS.get(name, LDM_SPEC))
     beside = held.get("state_dict", held)
     if "scale_factor" in beside:  # measured on the data when its training began
@@ -360,17 +631,38 @@ def _describe_unet(name, image_size, held, weights):
     return changes, arch
 
 
-def _describe_transformer(name, image_size, weights):
-    """A DiT or SiT -> (how its spec differs from DIT_DEFAULTS, its arch)."""
-    repa = name.endswith("-REPA") or any(key.startswith("projectors.") for key in weights)
-    side = (image_size or 256) // 8
-    arch = make_arch(name, side, 4, _count_classes(weights), learn_sigma=not repa)
+def _input_side(ckpt, image_size, weights, said):
+    """The side of the latents of a DiT or SiT. Raises UserError."""
+    if weights and "pos_embed" not in weights and not image_size:
+        image_size = said.get("image_size") or said.get("resolution")
+        if not isinstance(image_size, int):
+            raise UserError(f"checkpoint {ckpt}: has no pos_embed, so that nothing tells the size "
+                            "of its images; give --image-size, for example 256")
+    return (image_size or 256) // 8
+
+
+def _describe_transformer(ckpt, name, side, weights, said):
+    """A DiT or SiT -> (how its spec differs from DIT_DEFAULTS, its arch).
+
+    SiT's networks make 2C channels and count time from noise. REPA's make C and count it as we do.
+    """
+    repa = name.endswith("-REPA") or bool(said.keys() & REPA_ARGUMENTS)
+    repa = repa or any(key.startswith("projectors.") for key in weights)
+    arch = make_arch(name, side, 4, 1000, learn_sigma=not repa)
     last = weights.get("final_layer.linear.weight")
     if last is not None:
         arch["learn_sigma"] = len(last) == 2 * arch["in_channels"] * arch["patch_size"] ** 2
     if arch["net"] == "DiT":
         return {}, arch
-    if repa:
+    if repa and arch["learn_sigma"]:
+        raise UserError(f"checkpoint {ckpt}: is called REPA's, by --model or by itself, but makes "
+                        "8 channels as SiT's own networks do, and the two count time in opposite "
+                        "directions; give SiT's file without -REPA, or REPA's own")
+    for key, known in KNOWN_ARGUMENTS.items():
+        if str(said.get(key, known[0])).lower() not in known:
+            raise UserError(f"checkpoint {ckpt}: was trained with {key} {said[key]}; only "
+                            f"{known[0]} is known")
+    if not arch["learn_sigma"]:
         return REPA_SPEC, arch
     arch["reverse"] = True
     return SIT_SPEC, arch
@@ -390,7 +682,7 @@ def describe_edm(ckpt, held, weights, name):
                         "networks (DDPM++, NCSN++, ADM) only that one is known")
     own = _edm_name(arch)
     _check_name(ckpt, name, own)
-    return dict(DIT_DEFAULTS, **EDM_SPEC, name=own, classes=arch["num_classes"], arch=arch)
+    return _spec(own, arch, EDM_SPEC)
 
 
 def _edm_arch(weights):
@@ -430,17 +722,16 @@ def _edm_name(arch):
 
 
 @user_errors()
-def load_model(path, name=None, image_size=None):
+def load_model(path, name=None, image_size=None, classes=None):
     """A checkpoint's path or URL -> (network in eval mode on the CPU, its spec).
 
-    name, image_size: see describe(). Raises UserError.
+    name, image_size, classes: see describe(). Raises UserError.
     """
-    path = local_path(path, name, image_size)
-    ckpt = read_file(path)
-    spec = describe(path, name, image_size)
-    with torch.device("meta"):
-        net = build(spec["arch"])
-    return load_weights(net.to_empty(device="cpu"), ckpt, path).eval(), spec
+    path = local_path(path, name, image_size, classes)
+    held = read_file(path)
+    spec = _describe(path, held, name, image_size, classes)
+    net = build_without_memory(spec["arch"]).to_empty(device="cpu")
+    return load_weights(net, held, path).eval(), spec
 
 
 def upstream_checkpoint(name, image_size, folder):
@@ -460,13 +751,15 @@ def upstream_checkpoint(name, image_size, folder):
     return _fetch_model(url, name, image_size, folder)
 
 
-def local_path(path, name=None, image_size=None):
+def local_path(path, name=None, image_size=None, classes=None):
     """Where the checkpoint is on this machine: a URL is fetched, once. Raises UserError."""
-    return _fetch_model(path, name, image_size, cache_folder()) if "://" in str(path) else path
+    if "://" not in str(path):
+        return path
+    return _fetch_model(path, name, image_size, cache_folder(), classes)
 
 
-def _fetch_model(url, name, image_size, folder):
+def _fetch_model(url, name, image_size, folder, classes=None):
     """Download a checkpoint, which counts only when the network can be loaded from it."""
     def check(path):
-        load_model(path, name, image_size)
+        load_model(path, name, image_size, classes)
     return fetch(url, folder, check)

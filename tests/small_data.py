@@ -48,14 +48,15 @@ def latents(folder, x, y, classes=10, scale=None):
     return str(folder)
 
 
-def write_safetensors(path, sd):
-    """A state dict of float32 tensors in the format of safetensors."""
+def write_safetensors(path, sd, names=None):
+    """A state dict in the format of safetensors. names: what it calls types other than float32."""
     header = {"__metadata__": {"format": "pt"}}
     content = b""
     for key, value in sd.items():
         raw = value.contiguous().numpy().tobytes()
-        header[key] = {"dtype": "F32", "shape": list(value.shape),
+        header[key] = {"dtype": (names or {}).get(value.dtype, "F32"), "shape": list(value.shape),
                        "data_offsets": [len(content), len(content) + len(raw)]}
         content += raw
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + content)

@@ -217,20 +217,21 @@ def test_checkpoints(fails, tmp_path, tiny, ckpt):
     assert "damaged" in fails("issd", *quick("cut.safetensors"))
     torch.save(tiny.state_dict(), tmp_path / "raw.pt")
     assert "name it with --model" in fails("issd", *quick("raw.pt"))
-    said = fails("issd", *quick("raw.pt"), "--model", "DiT-S/8")
+    assert "--classes 11 if it is a class" in fails("issd", *quick("raw.pt"), "--model", "DiT-S/8")
+    said = fails("issd", *quick("raw.pt"), "--model", "DiT-S/8", "--classes", 10)
     assert "does not fit the network (missing" in said
     said = fails("issd", *quick(ckpt), "--model", "DiT-S/2")
     assert "holds DiT-Ti/2, not --model DiT-S/2" in said
     wrong = checkpoint(tiny)
-    wrong["ema"] = {k: v for k, v in wrong["ema"].items() if k != "pos_embed"}
+    wrong["ema"] = {k: v for k, v in wrong["ema"].items() if k != "x_embedder.proj.bias"}
     torch.save(wrong, tmp_path / "wrong.pt")
-    assert "missing 1: pos_embed" in fails("sample", "--ckpt", "wrong.pt")
+    assert "missing 1: x_embedder.proj.bias" in fails("sample", "--ckpt", "wrong.pt")
     torch.save(dict(checkpoint(tiny), format=9), tmp_path / "future.pt")
     assert "format 9" in fails("sample", "--ckpt", "future.pt")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     assert "holds no weights" in fails("sample", "--ckpt", "tensor.pt")
     torch.save({"ema": {}}, tmp_path / "empty.pt")
-    assert "missing" in fails("sample", "--ckpt", "empty.pt", "--model", "DiT-S/8")
+    assert "holds no weights" in fails("sample", "--ckpt", "empty.pt", "--model", "DiT-S/8")
 
 
 def test_another_digits_teacher(fails, tmp_path, ckpt):
