@@ -15,8 +15,9 @@ from fake_server import Server, server
 from processes import workers
 from small_data import write_safetensors
 
+import fid
 import models
-from kit import checkpoints, data, download, features
+from kit import checkpoints, data, features
 from kit.cli import UserError
 from kit.download import fetch
 
@@ -25,7 +26,7 @@ NOWHERE = "http://127.0.0.1:9/"  # nothing listens there
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(download.time, "sleep", lambda _: None)
+    monkeypatch.setattr(fid.time, "sleep", lambda _: None)
 
 
 def accept(path):
@@ -33,7 +34,8 @@ def accept(path):
 
 
 def names(folder):
-    return sorted(f.name for f in folder.rglob("*") if f.is_file())
+    """Of all files below a folder, but for locks, which are empty and stay."""
+    return sorted(f.name for f in folder.rglob("*") if f.is_file() and f.suffix != ".lock")
 
 
 def file_of(net):
@@ -72,7 +74,7 @@ def test_truncated_is_no_file_and_continues_in_the_next_run(server, tmp_path):
 def test_a_slow_server_and_one_that_falls_silent(server, tmp_path, monkeypatch):
     """Slow is no error. After TIMEOUT seconds without a byte the download is tried again from
     where it is."""
-    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    monkeypatch.setattr(fid, "TIMEOUT", 0.3)
     Server.body = bytes(range(256)) * 100
     Server.pace = "slow"  # 1,000 bytes every 20 ms, half a second in all
     assert fetch(server, tmp_path / "slow", accept).read_bytes() == Server.body
@@ -180,7 +182,7 @@ def test_torchvisions_data_sets(server, tmp_path, monkeypatch, server_is):
     monkeypatch.setattr(mnist, "resources", hashes)
     monkeypatch.setattr(mnist, "mirrors", [NOWHERE if server_is == "absent" else mirror])
     monkeypatch.setenv("MINDISTILL_CACHE", str(tmp_path))
-    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    monkeypatch.setattr(fid, "TIMEOUT", 0.3)
 
     def good(self):
         return files[self.path.split("/")[-1]]

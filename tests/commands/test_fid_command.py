@@ -36,7 +36,7 @@ def test_three_processes(ckpt, measured):
 def test_table_names_everything(pictures, measured):
     with pytest.warns(UserWarning, match="of 6 features has rank 3: too few images"):
         out = measured(pictures / "a", pictures / "b", "--num-samples", 4).out
-    lines = r"a: 4 images\n.*b: 9 images\n.*inception-2015-12-05/adm\n"
+    lines = r"a: 4 of 12 images, a random choice \(seed 0\)\n.*b: 9 images\n.*inception-2015-12-05/adm\n"
     head = r" +FID +sFID +Inception Score +precision +recall\n"
     row = r" +[\d.]+" * 5
     assert re.search(lines + head + row, out)
