@@ -443,7 +443,9 @@ def read_weights(path):
         raise ValueError(f"--features {path}: no such file")
     try:
         mapped = zipfile.is_zipfile(path)
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle's age
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:  # a damaged file fails in many ways
         raise ValueError(f"checkpoint {path}: cannot be read ({why_unreadable(path, e)}); give the "
                          "file of weights, or fetch it again")
@@ -540,7 +542,7 @@ def images_from_files(name, paths, size=None, num=None, workers=8, seed=0):
 
 
 class ArrayRows(torch.utils.data.Dataset):
-    """dataset[array of n positions] -> (images (n, C, H, W) uint8, labels (n,) or None)."""
+    """dataset[array of n positions] -> arrays: images (n, H, W, C) uint8, labels (n,) or None."""
 
     def __init__(self, x, labels):
         self.x = x
@@ -551,13 +553,11 @@ class ArrayRows(torch.utils.data.Dataset):
 
     def __getitem__(self, rows):
         images = np.asarray(self.x[rows])  # of an array on the disk, too, these rows are a copy
-        labels = None if self.labels is None else torch.as_tensor(self.labels[rows])
-        return torch.from_numpy(images).permute(0, 3, 1, 2), labels
+        return images, None if self.labels is None else np.asarray(self.labels[rows])
 
 
 class FileRows(torch.utils.data.Dataset):
-    """dataset[array of n positions] -> (images (n, 3, H, W) uint8, None), or the ValueError met
-    there.
+    """dataset[array of n positions] -> images (n, H, W, 3) uint8, None; or the ValueError met.
 
     The error is returned, not raised: a DataLoader would wrap it in its worker's traceback.
     """
@@ -571,10 +571,9 @@ class FileRows(torch.utils.data.Dataset):
 
     def __getitem__(self, rows):
         try:
-            images = np.stack([read_image(self.paths[i], self.size) for i in rows])
+            return np.stack([read_image(self.paths[i], self.size) for i in rows]), None
         except ValueError as e:
             return e
-        return torch.from_numpy(images).permute(0, 3, 1, 2), None
 
 
 def images_from_dataset(name, dataset, num=None, workers=0, seed=0):
@@ -593,13 +592,14 @@ def images_from_dataset(name, dataset, num=None, workers=0, seed=0):
         mine = range(0, len(order), size)[rank::world]
         loader = torch.utils.data.DataLoader(
             dataset, sampler=[order[i:i + size] for i in mine], batch_size=None,
-            worker_init_fn=use_one_thread, num_workers=min(workers, len(mine), os.cpu_count()),
-            pin_memory=torch.cuda.is_available())
+            collate_fn=as_arrays, worker_init_fn=use_one_thread,
+            num_workers=min(workers, len(mine), os.cpu_count()))
         for first, item in zip(mine, loader):
             if isinstance(item, ValueError):
                 raise item
             images, labels = item
-            yield first, images, labels
+            labels = None if labels is None else torch.from_numpy(labels)
+            yield first, torch.from_numpy(images).permute(0, 3, 1, 2), labels
 
     return Images(name, len(order), batches, choice)
 
@@ -611,6 +611,12 @@ def choose_images(total, num, seed):
         return np.arange(total)
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(total, generator=generator)[:num].numpy()
+
+
+def as_arrays(item):
+    """A collate_fn. Arrays come from workers through pipes; tensors would come through /dev/shm,
+    which is small in many containers."""
+    return item
 
 
 def use_one_thread(worker):

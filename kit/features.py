@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import fid
 from kit import checkpoints, data
-from kit.cli import UserError, user_errors
+from kit.cli import UserError, cache_folder, user_errors
 from kit.download import local_first
 from kit.processes import Processes
 from kit.sampling import SampleOptions, sample_chunks
@@ -89,6 +89,8 @@ class TorchvisionNet(nn.Module):
         def get_model():
             return torchvision.models.get_model(name, weights=weights)
 
+        if torch.hub.get_dir().startswith("~"):  # there is no home folder
+            torch.hub.set_dir(str(cache_folder() / "torch"))
         folder = Path(torch.hub.get_dir(), "checkpoints")
         try:
             self.net = local_first(get_model, folder / name)

@@ -1,9 +1,13 @@
 """Downloads against a server on this machine: whole, truncated, wrong, absent, continued."""
 # ruff: noqa: F401, F811  (server is a fixture)
+import errno
+import fcntl
 import gzip
 import hashlib
 import io
 import socket
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,7 @@ import torch
 import torchvision
 from conftest import checkpoint, inside, quick
 from fake_server import Server, server
-from processes import workers
+from processes import Command, finish, workers
 from small_data import write_safetensors
 
 import fid
@@ -150,6 +154,60 @@ def test_no_server_and_file_urls(tmp_path):
     assert path.read_bytes() == b"abc"
     with pytest.raises(UserError):
         fetch((tmp_path / "missing.bin").as_uri(), tmp_path / "c", accept)
+
+
+# ---- Several jobs ------------------------------------------------------------------------------
+
+JOBS = {  # what two jobs do at once: work() gives the path of the file
+    "kit": """
+from kit.download import fetch
+def work():
+    return fetch(url, folder, lambda path: None)
+""",
+    "fid": """
+import fid
+def work():
+    return fid.fetch(url, folder)
+""",
+    "another library": """
+import os, urllib.request
+from kit.download import local_first
+def work():
+    path = folder + "/x.pt"
+    if not os.path.exists(path):
+        urllib.request.urlretrieve(url, path)
+    return path
+work = functools.partial(local_first, work, folder + "/x.pt")
+""",
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_two_jobs_want_the_same_file(server, tmp_path, job):
+    """One fetches it, the other waits, says so, and uses it."""
+    Server.body = bytes(range(256)) * 40
+    Server.gate = threading.Event()
+    code = f"import functools\nurl = {server!r}\nfolder = {str(tmp_path / 'new')!r}\n{JOBS[job]}"
+    code += "\nprint(len(open(work(), 'rb').read()))"
+    both = [Command(["-c", code]) for _ in range(2)]
+    deadline = time.monotonic() + 60
+    while not any("waiting" in (p.folder / "stderr").read_text() for p in both):
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.02)
+    Server.gate.set()
+    done = finish(both)
+    assert done.stdout == "10240\n" * 2
+    assert done.stderr.count("waiting for another process that downloads x.pt\n") == 1
+    assert len(Server.seen) == (1 if job == "another library" else 2)  # a look and a fetch, once
+
+
+def test_where_there_are_no_locks(server, tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    Server.body = b"abc"
+    assert fetch(server, tmp_path, accept).read_bytes() == b"abc"
 
 
 # ---- What torchvision fetches ------------------------------------------------------------------
