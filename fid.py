@@ -634,7 +634,7 @@ def image_endings():
     """The endings of the files that Pillow decodes on this machine: {".png", ...}, lower case."""
     known = Image.registered_extensions()
     decoded = ({*Image.OPEN} | {"MPO"}) - NO_IMAGES  # MPO is read as a JPEG
-    return {ending for ending, kind in known.items() if kind in decoded}
+    return {name for name, kind in known.items() if kind in decoded}
 
 
 def list_folder(folder):
@@ -648,15 +648,13 @@ def list_folder(folder):
     endings = image_endings()
     found, others, loops = [], [], []
     for path, folders, files in os.walk(folder, followlinks=True, onerror=refuse_unreadable):
-        below, images = [], []
-        for name in visible(folders):
-            is_loop = leads_back(Path(path, name))
-            (loops if is_loop else below).append(Path(path, name))
-        for name in visible(files):
-            is_image = Path(name).suffix.lower() in endings
-            (images if is_image else others).append(Path(path, name))
-        folders[:] = [p.name for p in below]  # os.walk goes into what is left
-        found.append((path, folders, [p.name for p in images]))
+        below, names = visible(folders), visible(files)
+        back = [name for name in below if leads_back(Path(path, name))]
+        folders[:] = [name for name in below if name not in back]  # os.walk goes into these
+        images = [name for name in names if ending(name) in endings]
+        found.append((path, folders, images))
+        loops += [Path(path, name) for name in back]
+        others += [Path(path, name) for name in names if ending(name) not in endings]
     warn_of_left_out(folder, others, loops)
     return found
 
@@ -664,6 +662,11 @@ def list_folder(folder):
 def visible(names):
     """The names in order, without hidden ones and JUNK."""
     return sorted(n for n in names if not n.startswith(".") and n.lower() not in JUNK)
+
+
+def ending(name):
+    """Of a file's name, in lower case: ".jpg" of "PHOTO.JPG"."""
+    return os.path.splitext(name)[1].lower()
 
 
 def refuse_unreadable(error):
@@ -687,9 +690,9 @@ def warn_of_left_out(folder, others, loops):
     """One warning, from rank 0, of the files that are no images and the links that lead back."""
     by_ending = {}
     for file in others:
-        by_ending.setdefault(file.suffix.lower() or "without ending", []).append(file)
+        by_ending.setdefault(ending(file.name) or "without ending", []).append(file)
     kinds = sorted(by_ending.items(), key=lambda kind: -len(kind[1]))
-    told = [f"{len(files):,} {ending} ({files[0].relative_to(folder)})" for ending, files in kinds]
+    told = [f"{len(files):,} {kind} ({files[0].relative_to(folder)})" for kind, files in kinds]
     if told[6:]:
         rest = sum(len(files) for _, files in kinds[5:])
         told[5:] = [f"{rest:,} of {len(told) - 5} more endings"]
@@ -1679,6 +1682,7 @@ def make_reference(args, device):
             raise IsADirectoryError(None, "it is a folder")
         part.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
+        part.unlink(missing_ok=True)  # by another process of this job
     except OSError as e:
         raise ValueError(f"--out {args.out}: cannot write ({e.strerror or e}); choose another "
                          "place")
