@@ -18,7 +18,8 @@ This file works alone: copy it. It needs torch, torchvision, numpy, pillow and t
 
 A is the samples and B the reference. Each of them is one of
 
-    a folder of images     sub-folders included, in alphabetical order
+    a folder of images     all that Pillow decodes, of animations the first picture; sub-folders
+                           included, in alphabetical order
     an .npz of images      arr_0: uint8 (N, H, W, C), as ADM writes it
     an .npz of statistics  made by `ref`, an ADM reference batch, or mu and sigma of another tool
     a checkpoint           of a pixel model, whose samples are measured; needs kit
@@ -36,6 +37,13 @@ every result and stored in every file of statistics. Numbers under different nam
     digits-cnn, digits-mlp            --features digits-cnn: small classifiers of the digits
 
 The last three need kit.
+
+--num-samples N takes a random choice of N images, which --seed draws: of a set that is sorted by
+class the first N would be of a few classes only. A checkpoint makes N samples.
+
+As for the evaluators, an image is what its pixels say: a rotation that a camera noted beside them
+(EXIF) is not carried out, and of a transparent image the colours count and the transparency does
+not.
 
 The Inception Score is the mean over chunks of 5,000 samples in their order, as published. Samples
 should therefore not be sorted by class.
@@ -64,16 +72,20 @@ As a library:
     print(table({"": compare_statistics(a, b, net)}, net.name))
 
 Wrong input raises ValueError with a message of one line. In an initialised torch.distributed group
-every rank calls feature_statistics, and every rank gets the statistics of all images.
+every rank opens the images and calls feature_statistics, and every rank gets the statistics of all
+images.
 """
 import argparse
+import codecs
 import dataclasses
+import difflib
 import hashlib
 import http.client
 import importlib
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import struct
@@ -84,7 +96,7 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -407,7 +419,7 @@ def load_inception(path=None, resize="adm", device="cpu"):
     published weights only, any other file gives "inception-HASH/adm". Raises ValueError.
     """
     published = hash_in_name(INCEPTION_URL)
-    path = Path(path) if path else fetch(INCEPTION_URL, cache_folder(), published)
+    path = Path(path or fetch(INCEPTION_URL, cache_folder(), published))
     weights = read_weights(path)
     digest = file_hash(path)
     told = hash_in_name(path.name)
@@ -431,11 +443,12 @@ def read_weights(path):
         raise ValueError(f"--features {path}: no such file")
     try:
         mapped = zipfile.is_zipfile(path)
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle's age
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:  # a damaged file fails in many ways
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ValueError(f"checkpoint {path}: cannot be read ({type(e).__name__}: {reason[:160]}); "
-                         "it is damaged or not a file of weights")
+        raise ValueError(f"checkpoint {path}: cannot be read ({why_unreadable(path, e)}); give the "
+                         "file of weights, or fetch it again")
     if not isinstance(held, dict) or not held:
         raise ValueError(f"checkpoint {path}: holds no weights")
     for key in ("ema", "model", "state_dict"):
@@ -444,6 +457,25 @@ def read_weights(path):
             break
     return {key.removeprefix("module."): value for key, value in held.items()
             if isinstance(value, torch.Tensor)}
+
+
+def why_unreadable(path, error):
+    """Why torch.load raised this error, without torch's advice to load what is not safe."""
+    with open(path, "rb") as f:
+        head = f.read(1000)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # a letter may be cut at the end
+        is_text = b"\0" not in head
+    except UnicodeDecodeError:
+        is_text = False
+    if is_text:
+        return "it is a text file, not weights" if head else "it is empty"
+    unsafe = re.search("Unsupported (?:global|class): *(?:GLOBAL )?([a-zA-Z_0-9.]+)", str(error))
+    if unsafe:
+        return f"it holds not only weights but {unsafe[1]}"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is not a file that torch has saved"
+    return (str(error) or type(error).__name__).splitlines()[0][:160]
 
 
 def load_weights(net, weights, name):
@@ -469,8 +501,6 @@ def load_weights(net, weights, name):
 
 # ---- Images ------------------------------------------------------------------------------------
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}  # of image files
-
 
 @dataclasses.dataclass
 class Images:
@@ -481,32 +511,38 @@ class Images:
     batches  batches(rank, world, size) yields the batches of at most `size` images that this rank
              of `world` measures: (position of the first image among all, images (n, C, H, W) uint8,
              labels (n,) or None)
+    choice   where they are some of a set: how many of how many, in words
     """
 
     name: str
     count: int
     batches: Callable
+    choice: Optional[str] = None
 
 
-def images_from_array(name, x, labels=None, num=None):
-    """The first `num` (None: all) of x (N, H, W, C) uint8, with labels (N,) or None, as Images.
+def images_from_array(name, x, labels=None, num=None, seed=0):
+    """x (N, H, W, C) uint8, with labels (N,) or None, as Images. num: a random choice of so many.
 
     Raises ValueError when there are fewer than num, or fewer than 2.
     """
-    return images_from_dataset(name, ArraySlices(x, labels), num)
+    return images_from_dataset(name, ArrayRows(x, labels), num, seed=seed)
 
 
-def images_from_files(name, paths, size=None, num=None, workers=8):
-    """The first `num` (None: all) of the image files, a list, as Images. They must be of one size.
+def images_from_files(name, paths, size=None, num=None, workers=8, seed=0):
+    """The image files, a list, as Images. num: a random choice of so many.
 
-    size: crop and scale each image to size x size, as ADM does. workers: processes that read.
-    Raises ValueError when there are fewer than num, or fewer than 2.
+    size: crop and scale each image to size x size, as ADM does; None: they must be of one size.
+    workers: processes that read. In a torch.distributed group every rank calls this. Raises
+    ValueError when there are fewer than num, or fewer than 2, or of different sizes.
     """
-    return images_from_dataset(name, FileSlices(paths, size), num, workers)
+    images = images_from_dataset(name, FileRows(paths, size), num, workers, seed)
+    if size is None:
+        check_sizes([paths[i] for i in choose_images(len(paths), images.count, seed)])
+    return images
 
 
-class ArraySlices(torch.utils.data.Dataset):
-    """dataset[slice] -> (images (n, C, H, W) uint8, labels (n,) or None) of an array."""
+class ArrayRows(torch.utils.data.Dataset):
+    """dataset[array of n positions] -> arrays: images (n, H, W, C) uint8, labels (n,) or None."""
 
     def __init__(self, x, labels):
         self.x = x
@@ -516,13 +552,12 @@ class ArraySlices(torch.utils.data.Dataset):
         return len(self.x)
 
     def __getitem__(self, rows):
-        images = np.array(self.x[rows])  # a copy: x may lie on the disk
-        labels = None if self.labels is None else torch.as_tensor(self.labels[rows])
-        return torch.from_numpy(images).permute(0, 3, 1, 2), labels
+        images = np.asarray(self.x[rows])  # of an array on the disk, too, these rows are a copy
+        return images, None if self.labels is None else np.asarray(self.labels[rows])
 
 
-class FileSlices(torch.utils.data.Dataset):
-    """dataset[slice] -> (images (n, 3, H, W) uint8, None) of files, or the ValueError met there.
+class FileRows(torch.utils.data.Dataset):
+    """dataset[array of n positions] -> images (n, H, W, 3) uint8, None; or the ValueError met.
 
     The error is returned, not raised: a DataLoader would wrap it in its worker's traceback.
     """
@@ -536,80 +571,212 @@ class FileSlices(torch.utils.data.Dataset):
 
     def __getitem__(self, rows):
         try:
-            images = self.read(self.paths[rows])
+            return np.stack([read_image(self.paths[i], self.size) for i in rows]), None
         except ValueError as e:
             return e
-        return torch.from_numpy(images).permute(0, 3, 1, 2), None
-
-    def read(self, paths):
-        images = [read_image(path, self.size) for path in paths]
-        height, width = images[0].shape[:2]
-        for path, image in zip(paths, images):
-            if image.shape != images[0].shape:
-                raise ValueError(f"{path} is {image.shape[1]}x{image.shape[0]}, {paths[0]} is "
-                                 f"{width}x{height}; --image-size N crops and scales all to one "
-                                 "size, as ADM does")
-        return np.stack(images)
 
 
-def images_from_dataset(name, dataset, num=None, workers=0):
-    """The first `num` (None: all) of what dataset[slice] gives, as Images. See ArraySlices."""
-    if len(dataset) < max(num or 0, 2):
+def images_from_dataset(name, dataset, num=None, workers=0, seed=0):
+    """What dataset[array of positions] gives, as Images: see ArrayRows. num: a random choice of so
+    many, in random order."""
+    total = len(dataset)
+    if total < max(num or 0, 2):
         wanted = f"--num-samples asks for {num}" if num else "at least 2 are needed"
-        raise ValueError(f"{name}: {len(dataset)} images, {wanted}")
-    count = num or len(dataset)
+        raise ValueError(f"{name}: {total} images, {wanted}")
+    order = choose_images(total, num, seed)
+    choice = None
+    if len(order) < total:
+        choice = f"{num:,} of {total:,} images, a random choice (seed {seed})"
 
     def batches(rank, world, size):
-        everyone = [slice(i, min(i + size, count)) for i in range(0, count, size)]
-        mine = everyone[rank::world]
+        mine = range(0, len(order), size)[rank::world]
         loader = torch.utils.data.DataLoader(
-            dataset, sampler=mine, batch_size=None, worker_init_fn=use_one_thread,
-            num_workers=min(workers, len(mine), os.cpu_count()),
-            pin_memory=torch.cuda.is_available())
-        for rows, item in zip(mine, loader):
+            dataset, sampler=[order[i:i + size] for i in mine], batch_size=None,
+            collate_fn=as_arrays, worker_init_fn=use_one_thread,
+            num_workers=min(workers, len(mine), os.cpu_count()))
+        for first, item in zip(mine, loader):
             if isinstance(item, ValueError):
                 raise item
             images, labels = item
-            yield rows.start, images, labels
+            labels = None if labels is None else torch.from_numpy(labels)
+            yield first, torch.from_numpy(images).permute(0, 3, 1, 2), labels
 
-    return Images(name, count, batches)
+    return Images(name, len(order), batches, choice)
+
+
+def choose_images(total, num, seed):
+    """The positions of `num` (None: all) of `total` images, (num,). All: in their order. Fewer: a
+    choice that depends on the seed alone, in random order."""
+    if num is None or num == total:
+        return np.arange(total)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(total, generator=generator)[:num].numpy()
+
+
+def as_arrays(item):
+    """A collate_fn. Arrays come from workers through pipes; tensors would come through /dev/shm,
+    which is small in many containers."""
+    return item
 
 
 def use_one_thread(worker):
     torch.set_num_threads(1)
 
 
+# Documents, videos and data: Pillow knows their names, or opens them with other programs' help.
+NO_IMAGES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
+# What systems put beside images, in lower case.
+JUNK = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "lost+found",
+        "$recycle.bin", "system volume information"}
+
+
+def image_endings():
+    """The endings of the files that Pillow decodes on this machine: {".png", ...}, lower case."""
+    known = Image.registered_extensions()
+    decoded = ({*Image.OPEN} | {"MPO"}) - NO_IMAGES  # MPO is read as a JPEG
+    return {name for name, kind in known.items() if kind in decoded}
+
+
+def list_folder(folder):
+    """A folder and all folders below it, links followed -> [(path, names of folders in it, names of
+    images in it)], the names in alphabetical order.
+
+    Hidden files and JUNK are left out. One warning tells what else is left out: files that are no
+    images, links that lead back to a folder above them. Raises ValueError for a folder that cannot
+    be read.
+    """
+    endings = image_endings()
+    found, others, loops = [], [], []
+    for path, folders, files in os.walk(folder, followlinks=True, onerror=refuse_unreadable):
+        below, names = visible(folders), visible(files)
+        back = [name for name in below if leads_back(Path(path, name))]
+        folders[:] = [name for name in below if name not in back]  # os.walk goes into these
+        images = [name for name in names if ending(name) in endings]
+        found.append((path, folders, images))
+        loops += [Path(path, name) for name in back]
+        others += [Path(path, name) for name in names if ending(name) not in endings]
+    warn_of_left_out(folder, others, loops)
+    return found
+
+
+def visible(names):
+    """The names in order, without hidden ones and JUNK."""
+    return sorted(n for n in names if not n.startswith(".") and n.lower() not in JUNK)
+
+
+def ending(name):
+    """Of a file's name, in lower case: ".jpg" of "PHOTO.JPG"."""
+    return os.path.splitext(name)[1].lower()
+
+
+def refuse_unreadable(error):
+    raise ValueError(f"{error.filename}: the folder cannot be read ({error.strerror}); mend that, "
+                     "or move it away")
+
+
+def leads_back(path):
+    """Is this path a link to a folder through which the path itself leads, or to one above it?"""
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    for folder in path.absolute().parents:
+        real = folder.resolve()
+        if target == real or target in real.parents:
+            return True
+    return False
+
+
+def warn_of_left_out(folder, others, loops):
+    """One warning, from rank 0, of the files that are no images and the links that lead back."""
+    by_ending = {}
+    for file in others:
+        by_ending.setdefault(ending(file.name) or "without ending", []).append(file)
+    kinds = sorted(by_ending.items(), key=lambda kind: -len(kind[1]))
+    told = [f"{len(files):,} {kind} ({files[0].relative_to(folder)})" for kind, files in kinds]
+    if told[6:]:
+        rest = sum(len(files) for _, files in kinds[5:])
+        told[5:] = [f"{rest:,} of {len(told) - 5} more endings"]
+    parts = []
+    if told:
+        parts.append(f"files left out because Pillow does not decode them: {', '.join(told)}")
+    if loops:
+        more = f" and {len(loops) - 1:,} more" if loops[1:] else ""
+        parts.append("links not followed because they lead back to a folder above them: "
+                     f"{loops[0].relative_to(folder)}{more}")
+    rank, _ = rank_and_world()
+    if parts and rank == 0:
+        warnings.warn(f"{folder}: {'; '.join(parts)}", stacklevel=3)
+
+
 def image_files(folder):
-    """All images below a folder, links followed, hidden files and folders left out, in order.
+    """The paths of all images below a folder, in order: see list_folder.
 
     Raises ValueError when there are none.
     """
-    hidden = (".", "__MACOSX")
-    files = []
-    for path, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(hidden)]
-        for name in names:
-            if not name.startswith(hidden) and Path(name).suffix.lower() in ENDINGS:
-                files.append(Path(path, name))
+    files = [Path(path, name) for path, _, names in list_folder(folder) for name in names]
     if not files:
-        raise ValueError(f"{folder}: no images there (looked for {', '.join(sorted(ENDINGS))})")
+        raise ValueError(f"{folder}: no images there (of any kind that Pillow decodes: .png, .jpg, "
+                         ".webp, .tif and others)")
     return sorted(files)
+
+
+def check_sizes(paths):
+    """Raise ValueError unless all image files are of one size, as their headers tell it.
+
+    In a torch.distributed group every rank calls this and looks at its share.
+    """
+    rank, world = rank_and_world()
+    problem = None
+    with progress_bar(len(paths), "sizes of the images") as progress:
+        i = 0
+        try:
+            width, height = size_of(paths[0])
+            for i in range(rank, len(paths), world):
+                size = size_of(paths[i])
+                if size != (width, height):
+                    raise ValueError(
+                        f"{paths[i]} is {size[0]}x{size[1]}, {paths[0]} is {width}x{height}; "
+                        "--image-size N crops and scales all to one size, as ADM does")
+                progress.update(min(world, len(paths) - progress.n))
+        except ValueError as e:
+            problem = i, str(e)
+    problems = [p for p in gather_objects(problem) if p]
+    if problems:
+        raise ValueError(min(problems)[1])
+
+
+def size_of(path):
+    """(width, height) of an image file. Raises ValueError."""
+    with open_image(path) as image:
+        return image.size
+
+
+@contextmanager
+def open_image(path):
+    """The PIL image in a file, its first picture if it has many. What goes wrong with it becomes a
+    ValueError that names the file."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"more than 8 bits per channel, mode {image.mode}")
+            yield image
+    except MemoryError:
+        raise
+    except Exception as e:  # a damaged file fails in as many ways as there are formats
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise ValueError(f"image {path}: cannot be read ({reason[:200]}); mend or remove it")
 
 
 def read_image(path, size=None):
     """An image file -> (H, W, 3) uint8; with `size`, (size, size, 3) as ADM crops and scales it.
 
+    Of an animation or a file of several pages the first picture counts. As for the evaluators, a
+    rotation noted beside the pixels (EXIF) is not carried out, and transparency is dropped.
     Raises ValueError when the file is damaged or has more than 8 bits per channel.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                raise ValueError(f"more than 8 bits per channel, mode {image.mode}")
-            image = image.convert("RGB")
-            return center_crop(image, size) if size else np.array(image)
-    except (OSError, ValueError, SyntaxError, struct.error, zlib.error,
-            Image.DecompressionBombError) as e:
-        raise ValueError(f"image {path}: cannot be read ({e}); mend or remove it")
+    with open_image(path) as image:
+        image = image.convert("RGB")
+        return center_crop(image, size) if size else np.array(image)
 
 
 def center_crop(image, size):
@@ -627,8 +794,9 @@ def center_crop(image, size):
     return pixels[top:top + size, left:left + size]
 
 
-def open_npz(path, num=None):
-    """An .npz -> (the first `num` of its images as Images, or None; its statistics, or None).
+def open_npz(path, num=None, seed=0):
+    """An .npz -> (its images as Images, or None; its statistics, or None). num: a random choice of
+    so many of its images.
 
     The statistics are a dict of arrays, for read_statistics. An ADM reference batch has both.
     Raises ValueError.
@@ -646,7 +814,7 @@ def open_npz(path, num=None):
     if images is None:
         return None, arrays
     check_images(images, path)
-    return images_from_array(path, images, labels, num), arrays
+    return images_from_array(path, images, labels, num, seed), arrays
 
 
 def read_npz(path):
@@ -719,6 +887,7 @@ class FeatureStatistics:
     mu_s: Any = None                  # the same of the spatial features
     sigma_s: Any = None
     labels: Any = None                # of the images, (n,); only where the network can tell them
+    choice: Optional[str] = None      # where they are some of a set: how many of how many, in words
 
     def arrays(self):
         """{field: array} of the fields that are there."""
@@ -753,7 +922,7 @@ def feature_statistics(images, net, device="cpu", batch=64, keep=None, quiet=Fal
             kept.add(first, x, features, labels)
             progress.update(min(len(x) * world, images.count - progress.n))
 
-    stats = FeatureStatistics(images.name, images.count, features=net.name)
+    stats = FeatureStatistics(images.name, images.count, net.name, choice=images.choice)
     stats.kept, labels = kept.gather()
     stats.complete = kept.complete
     stats.mu, stats.sigma = plain.reduce().result()
@@ -852,6 +1021,8 @@ def read_statistics(path, arrays, reference_resize=None):
     for key in ("mu", "sigma", "mu_s", "sigma_s", "kept", "complete"):
         if key in arrays:
             setattr(stats, key, np.asarray(arrays[key]))
+    if "choice" in arrays:
+        stats.choice = str(arrays["choice"])
     check_moments(path, "mu", stats.mu, "sigma", stats.sigma)
     if stats.mu_s is not None:
         check_moments(path, "mu_s", stats.mu_s, "sigma_s", stats.sigma_s)
@@ -867,13 +1038,18 @@ def name_of_features(path, arrays, reference_resize):
     """The name of the network and the resizing that made a file of statistics."""
     if "features" in arrays:
         return str(arrays["features"])
-    # Of the files that do not name it, only ADM's reference batches carry spatial statistics.
-    resize = "adm" if "mu_s" in arrays else reference_resize
+    resize = "adm" if tells_resizing(arrays) else reference_resize
     if resize is None:
         raise ValueError(f"{path} does not say which resizing made it: add --reference-resize adm "
                          "(ADM, EDM and other TensorFlow-like tools) or --reference-resize "
                          "pytorch-fid")
     return f"{PUBLISHED}/{resize}"
+
+
+def tells_resizing(arrays):
+    """Do these arrays say which resizing made them? Of the files that do not name it, only ADM's
+    reference batches carry spatial statistics."""
+    return "features" in arrays or "mu_s" in arrays
 
 
 def check_moments(path, mu_name, mu, sigma_name, sigma):
@@ -951,7 +1127,8 @@ def table(rows, features):
         width = max(len(head), 7) + 3
         lines[0] += f"{head:>{width}}"
         for i, row in enumerate(rows.values(), 1):
-            lines[i] += f"{row[key]:{width}.{decimals}f}"
+            rounded = round(row[key], decimals) + 0.0  # -0.0 becomes 0.0
+            lines[i] += f"{rounded:{width}.{decimals}f}"
     return "\n".join(lines)
 
 
@@ -980,64 +1157,123 @@ def file_hash(path):
     return digest.hexdigest()
 
 
-def fetch(url, folder, sha256):
-    """Download url below folder, once; returns the path. Local rank 0 downloads, the others wait.
+def local_first(work, lock=None):
+    """work() on local rank 0 and, when that has ended well, on the other ranks, which find what it
+    has fetched. Returns what work() returns. An error on one rank is raised on all ranks.
 
-    The file grows under a temporary name. When a download breaks off, the next one continues it.
-    The file takes its own name only when it has its full length and its sha256 begins with
-    `sha256`. The hash is recorded beside it. Raises ValueError, leaving no file of that name.
+    lock: what is fetched, a path. Of several jobs one works at a time.
+    """
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    result = error = None
+    if is_first:
+        try:
+            with one_at_a_time(lock) if lock else nullcontext():
+                result = work()
+        except Exception as e:
+            error = e
+    errors = gather_objects(None if error is None else str(error) or type(error).__name__)
+    if error:
+        raise error
+    for message in filter(None, errors):
+        raise ValueError(message)
+    return result if is_first else work()
+
+
+def fetch(url, folder, sha256="", check=None, flag="--features", tries=3):
+    """Download url below folder, once; returns the path. Local rank 0 downloads, the others wait,
+    and so do other jobs that want the file.
+
+    The file grows under a temporary name. A download that breaks off is continued, by the next of
+    `tries` and by the next run. The file takes its own name only when
+
+        it has its full length,
+        its sha256 begins with `sha256`,
+        check(path) raises no ValueError.
+
+    The hash is recorded beside the file. `flag` takes a path instead of the download; messages
+    name the flag. Raises ValueError; then there is no file of that name.
     """
     address = hashlib.sha256(url.encode()).hexdigest()[:8]  # many addresses end in the same name
     path = Path(folder) / address / url.split("?")[0].rsplit("/", 1)[-1]
-    error = None
-    if os.environ.get("LOCAL_RANK", "0") == "0" and not path.exists():
+
+    def work():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with one_at_a_time(path):
-                if not path.exists():
-                    download(url, path, sha256)
-        except ValueError as e:
-            error = str(e)
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with one_at_a_time(path):
+                    if not path.exists():
+                        part = download(url, path, flag, tries)
+                        digest = check_download(part, url, sha256, check)
+                        path.with_name(path.name + ".sha256").write_text(f"{digest}  {path.name}\n")
+                        os.replace(part, path)
         except OSError as e:
-            error = (f"cannot fetch {url} into {path.parent}: {e.strerror or e}; free some space, "
-                     "or download it yourself and give --features PATH")
-    errors = [e for e in gather_objects(error) if e]
-    if errors:
-        raise ValueError(error or errors[0])
-    return path
+            raise ValueError(f"cannot fetch {url} into {path.parent}: {e.strerror or e}; free some "
+                             f"space, or download it yourself and give {flag} PATH")
+        return path
+
+    return local_first(work)
 
 
 @contextmanager
 def one_at_a_time(path):
-    """Where several jobs want the same file, one job downloads it and the others wait."""
-    with open(path.with_name(path.name + ".lock"), "w") as f:
-        with suppress(ImportError, OSError):  # not on Windows, nor on every file system
-            import fcntl
-            fcntl.lockf(f, fcntl.LOCK_EX)
+    """Of all processes that want to make this file or folder, one at a time does what follows. The
+    others wait, and say so."""
+    file = open_lock(Path(path))
+    try:
         yield
+    finally:
+        if file:
+            file.close()
 
 
-def download(url, path, sha256, tries=3):
-    """Download url to path, in up to `tries` tries. Raises ValueError, OSError."""
+def open_lock(path):
+    """An open file: until it is closed, nobody else has the lock of this path. None where there are
+    no locks: on Windows, on some file systems."""
+    try:
+        import fcntl
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_name(path.name + ".lock"), "w")
+    except (ImportError, OSError):
+        return None
+    with suppress(OSError):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            tqdm.write(f"waiting for another process that downloads {path.name}", file=sys.stderr)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+    return file
+
+
+def download(url, path, flag, tries):
+    """Download url beside path, in up to `tries` tries; returns the temporary file. Raises
+    ValueError, OSError."""
     for attempt in range(tries):
         try:
-            part = download_rest(url, path)
-            break
+            return download_rest(url, path)
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError,
                 TimeoutError) as e:
             reason = getattr(e, "reason", e)
-            refused = isinstance(e, urllib.error.HTTPError) and e.code < 500
-            if refused or attempt == tries - 1:
-                raise ValueError(f"cannot fetch {url}: {reason} ({what_is_kept(path)}); check the "
-                                 "connection, or download it yourself and give --features PATH")
+            if isinstance(e, urllib.error.HTTPError) and e.code < 500:
+                break  # the server refuses: to ask again does not help
             time.sleep(attempt)
+    raise ValueError(f"cannot fetch {url}: {reason} ({what_is_kept(path)}); check the connection, "
+                     f"or download it yourself and give {flag} PATH")
+
+
+def check_download(part, url, sha256, check):
+    """The hash of a downloaded file. A wrong file is deleted and is a ValueError."""
     digest = file_hash(part)
-    if not digest.startswith(sha256):
+    try:
+        if not digest.startswith(sha256):
+            raise ValueError(f"sha256 is {digest}, published is {sha256}")
+        if check:
+            check(part)
+    except ValueError as e:
+        if not is_for_the_user(e):
+            raise
         part.unlink()
-        raise ValueError(f"{url} does not hold what it should and was deleted "
-                         f"(sha256 is {digest}, published is {sha256})")
-    path.with_name(path.name + ".sha256").write_text(f"{digest}  {path.name}\n")
-    os.replace(part, path)
+        raise ValueError(f"{url} does not hold what it should and was deleted ({e})")
+    return digest
 
 
 def what_is_kept(path):
@@ -1225,28 +1461,70 @@ CHECKPOINTS = (".pt", ".pth", ".ckpt")
 
 @dataclasses.dataclass
 class Side:
-    """Samples or reference, opened: its images, its statistics, or both."""
+    """Samples or reference, opened: its images, its statistics, or both; and the names of the
+    arguments that have had an effect on it."""
 
     path: str
     images: Optional[Images]
     stats: Optional[FeatureStatistics]
+    used: set
 
 
 def open_side(path, args, num=None):
-    """path of the command line -> Side with the first `num` of its images. Raises ValueError."""
+    """path of the command line -> Side with its images; num: a random choice of so many. Raises
+    ValueError."""
     images = arrays = stats = None
+    used = set()
     file = Path(path)
     if path in SETS or (file.is_file() and file.suffix in CHECKPOINTS):
         images = require_kit(path).open_source(path, args, num)
+        if path not in SETS:
+            used.update(SAMPLING)
     elif file.is_dir():
-        images = images_from_files(path, image_files(path), args.image_size, num)
+        images = images_from_files(path, image_files(path), args.image_size, num, seed=args.seed)
+        used.add("image_size")
     elif not file.is_file():
         raise ValueError(f"{path}: no such file or folder")
     else:
-        images, arrays = open_npz(path, num)
+        images, arrays = open_npz(path, num, args.seed)
     if arrays is not None:
         stats = read_statistics(path, arrays, args.reference_resize)
-    return Side(path, images, stats)
+        if not tells_resizing(arrays):
+            used.add("reference_resize")
+    if images:
+        used.add("features")
+        if images.choice:
+            used.add("seed")
+    return Side(path, images, stats, used)
+
+
+# The flags that do not have an effect on every input: why they had none.
+SAMPLING = ("nfe", "cfg", "seed")
+NO_EFFECT = {
+    "nfe": "without a checkpoint",
+    "cfg": "without a checkpoint",
+    "seed": "where neither a checkpoint is sampled nor some of many images are chosen",
+    "image_size": "without a folder of images",
+    "features": "where nothing but statistics is compared",
+    "resize": "where no images go through Inception",
+    "reference_resize": "without a file of statistics that does not say its resizing",
+    "out": "without ref",
+    "json": "with ref, which makes a file",
+}
+
+
+def refuse_without_effect(args, used):
+    """Raise ValueError for a flag on the command line that has had no effect. used: the names of
+    those that have had one."""
+    for name, reason in NO_EFFECT.items():
+        if name in args.given and name not in used:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} has no effect {reason}; leave it out")
+
+
+def resizes(net):
+    """{"resize"} where images reach the network by args.resize."""
+    return {"resize"} if hasattr(net, "resize") else set()
 
 
 def load_features(name, resize="adm", device="cpu"):
@@ -1254,7 +1532,7 @@ def load_features(name, resize="adm", device="cpu"):
     if name == "inception":
         return load_inception(None, resize, device)
     kit = import_kit()
-    if not kit and Path(name).suffix in (".pth", ".pt"):
+    if not kit and (Path(name).is_file() or Path(name).suffix in (".pth", ".pt")):
         return load_inception(name, resize, device)
     return require_kit(f"--features {name}").load_features(name, resize, device)
 
@@ -1296,6 +1574,7 @@ def main(args):
         raise ValueError(f"--num-samples {args.num_samples}: {a.path} holds statistics of all its "
                          "images; leave it out")
     net = load_features(args.features, args.resize, device) if a.images or b.images else None
+    refuse_without_effect(args, a.used | b.used | resizes(net) | {"json"})
     check_same_features(a, b, net)
 
     samples = measure_side(a, net, device, args.batch_size)
@@ -1307,7 +1586,9 @@ def main(args):
     if args.json:
         say(json.dumps({
             "samples": samples.name, "samples_count": samples.count,
+            "samples_choice": samples.choice,
             "reference": reference.name, "reference_count": reference.count,
+            "reference_choice": reference.choice,
             "reference_kept": 0 if reference.kept is None else len(reference.kept),
             "features": samples.features, **row}))
         return
@@ -1370,19 +1651,22 @@ def measure_side(side, net, device, batch, keep=None):
     if not side.stats:
         return measured
     for key, value in vars(side.stats).items():
-        if value is None and key != "count":  # how many images the file is of, only the file knows
+        if value is None and key not in ("count", "choice"):  # of these only the file knows
             setattr(side.stats, key, getattr(measured, key))
     return side.stats
 
 
 def describe(side, stats):
     """One line of the report: the images, their number, how many of them were kept."""
-    count = "statistics, of how many images it does not say"
-    if stats.count:
-        count = f"{stats.count:,} images"
     kept = 0 if stats.kept is None else len(stats.kept)
     some = f", {kept:,} of them for precision and recall" if kept not in (0, stats.count) else ""
-    return f"{side:12}{stats.name}: {count}{some}"
+    return f"{side:12}{stats.name}: {number_of_images(stats)}{some}"
+
+
+def number_of_images(stats):
+    if stats.choice or not stats.count:
+        return stats.choice or "statistics, of how many images it does not say"
+    return f"{stats.count:,} images"
 
 
 def make_reference(args, device):
@@ -1398,10 +1682,12 @@ def make_reference(args, device):
             raise IsADirectoryError(None, "it is a folder")
         part.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
+        part.unlink(missing_ok=True)  # by another process of this job
     except OSError as e:
         raise ValueError(f"--out {args.out}: cannot write ({e.strerror or e}); choose another "
                          "place")
     net = load_features(args.features, args.resize, device)
+    refuse_without_effect(args, side.used | resizes(net) | {"out"})
     stats = feature_statistics(side.images, net, device, args.batch_size, REFERENCE)
     rank, _ = rank_and_world()
     if rank == 0:
@@ -1413,11 +1699,40 @@ def make_reference(args, device):
             part.unlink(missing_ok=True)
             raise ValueError(f"--out {args.out}: cannot write ({e.strerror or e}); free some space "
                              "and repeat the command")
-    say(f"{args.out}: statistics of {stats.count:,} images of {stats.name}, {len(stats.kept):,} "
+    say(f"{args.out}: statistics of {stats.name}: {number_of_images(stats)}, {len(stats.kept):,} "
         f"kept for precision and recall; features {stats.features}")
 
 
 class Parser(argparse.ArgumentParser):
+    """Its arguments have `given`, the names of those that stand on the command line."""
+
+    def parse_args(self, words=None, namespace=None):
+        words = sys.argv[1:] if words is None else words
+        args, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            self.error(self.explain_unknown(unknown))
+        args.given = self.names_given(words)
+        return args
+
+    def names_given(self, words):
+        """The names of the arguments that stand on the command line, as a frozenset."""
+        defaults = {action: action.default for action in self._actions}
+        try:
+            for action in self._actions:
+                action.default = argparse.SUPPRESS
+            given, _ = self.parse_known_args(words, argparse.Namespace())
+        finally:
+            for action, default in defaults.items():
+                action.default = default
+        return frozenset(vars(given))
+
+    def explain_unknown(self, words):
+        """What to say of words that are no flags."""
+        known = [name for action in self._actions for name in action.option_strings]
+        close = difflib.get_close_matches(words[0].split("=")[0].replace("_", "-"), known, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"unrecognized arguments: {' '.join(words)}{hint}"
+
     def error(self, message):  # under torchrun only rank 0 complains about the command line
         if os.environ.get("RANK", "0") == "0":
             print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
@@ -1441,7 +1756,10 @@ def parser():
 
     group = p.add_argument_group("images")
     group.add_argument("--num-samples", type=int, metavar="N",
-                       help="take the first N samples (default: all; of a checkpoint 50,000)")
+                       help="measure N samples, a random choice where there are more (default: "
+                            "all; a checkpoint makes 50,000)")
+    group.add_argument("--seed", type=seed, default=0,
+                       help="of that choice, and of a checkpoint's noise (default: %(default)s)")
     group.add_argument("--image-size", type=int, metavar="N",
                        help="crop and scale the images of folders to N x N, as ADM does "
                             "(default: as they are)")
@@ -1463,7 +1781,6 @@ def parser():
     group.add_argument("--nfe", type=int, help="steps (default: as trained, else 50)")
     group.add_argument("--cfg", type=float,
                        help="scale of guidance, 1 for none (default: as trained)")
-    group.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
 
     group = p.add_argument_group("output")
     group.add_argument("--out", metavar="FILE.npz", help="where ref writes the statistics")

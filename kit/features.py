@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import fid
 from kit import checkpoints, data
-from kit.cli import UserError, user_errors
+from kit.cli import UserError, cache_folder, user_errors
 from kit.download import local_first
 from kit.processes import Processes
 from kit.sampling import SampleOptions, sample_chunks
@@ -89,11 +89,14 @@ class TorchvisionNet(nn.Module):
         def get_model():
             return torchvision.models.get_model(name, weights=weights)
 
+        if torch.hub.get_dir().startswith("~"):  # there is no home folder
+            torch.hub.set_dir(str(cache_folder() / "torch"))
+        folder = Path(torch.hub.get_dir(), "checkpoints")
         try:
-            self.net = local_first(get_model)
-        except (OSError, RuntimeError, UserError) as e:
+            self.net = local_first(get_model, folder / name)
+        except (OSError, RuntimeError, ValueError) as e:
             raise UserError(f"--features torchvision-{name}: torchvision cannot fetch its weights "
-                            f"({e}); put them into {torch.hub.get_dir()}/checkpoints yourself")
+                            f"({e}); put them into {folder} yourself")
         self.name = f"torchvision-{name}"
         self.prepare = weights.transforms()
         linear = [module for module in self.net.modules() if isinstance(module, nn.Linear)]
@@ -189,8 +192,8 @@ def torchvision_key(key):
 def load_features(name="inception", resize="adm", device="cpu"):
     """The feature network that --features NAME means, on `device` and in eval mode.
 
-    name    inception (fetched once), a .pth or .pt file with its weights or those of Keras's
-            ResNet-50, torchvision-NAME, digits-cnn or digits-mlp
+    name    inception (fetched once), a file with its weights or those of Keras's ResNet-50,
+            torchvision-NAME, digits-cnn or digits-mlp
     resize  how images reach Inception: a key of fid.RESIZE
 
     Raises UserError.
@@ -204,7 +207,7 @@ def load_features(name="inception", resize="adm", device="cpu"):
         net = TorchvisionNet(name.removeprefix("torchvision-"))
     elif name == "inception":
         net = fid.load_inception(None, resize)
-    elif Path(name).suffix in (".pth", ".pt"):
+    elif Path(name).is_file() or Path(name).suffix in (".pth", ".pt"):
         net = load_file(Path(name), resize)
     else:
         raise UserError(f"--features {name}: unknown; choose inception, a .pth file with its "
@@ -224,18 +227,18 @@ def load_file(path, resize):
 
 
 def open_source(path, args, num=None):
-    """The first `num` images of a named set, or of what a checkpoint makes, as fid.Images.
+    """The images of a named set, or what a checkpoint makes, as fid.Images.
 
-    path    digits, mnist, fashion-mnist, cifar10 (num None: all), or the file of a checkpoint
-            (num None: 50,000)
-    args    with nfe, cfg, seed for the samples of a checkpoint
+    path    digits, mnist, fashion-mnist, cifar10 (num None: all; else a random choice of so many),
+            or the file of a checkpoint (num None: 50,000)
+    args    with seed for that choice; with nfe, cfg, seed for the samples of a checkpoint
 
     Raises UserError.
     """
     if path in fid.SETS:
         dataset = data.load(path)
         x = dataset.x.permute(0, 2, 3, 1).numpy()
-        return fid.images_from_array(path, x, dataset.y, num)
+        return fid.images_from_array(path, x, dataset.y, num, args.seed)
     options = SampleOptions(seed=args.seed, nfe=args.nfe, cfg=args.cfg)
     return images_of_checkpoint(path, num or 50_000, options, Processes())
 

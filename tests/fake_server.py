@@ -10,6 +10,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     cut = None     # after so many bytes the connection ends
     ranges = True  # whether a download can be continued
     pace = None    # "slow": little by little; "stalls": silent after the cut, connection open
+    gate = None    # an Event that the second half waits for
     seen = []      # the first byte that each request asked for
 
     def do_GET(self):
@@ -25,6 +26,11 @@ class Server(http.server.BaseHTTPRequestHandler):
         end = len(self.body)
         if Server.cut:
             end = min(end, Server.cut)
+        if Server.gate:
+            self.wfile.write(self.body[begin:end // 2])
+            self.wfile.flush()
+            begin = end // 2
+            Server.gate.wait(30)
         if Server.pace == "slow":
             for i in range(begin, end, 1000):
                 self.wfile.write(self.body[i:min(i + 1000, end)])
@@ -48,6 +54,7 @@ def server():
     Server.cut = None
     Server.ranges = True
     Server.pace = None
+    Server.gate = None
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_address[1]}/x.pt"

@@ -1,5 +1,6 @@
 """fid.py and kit/features.py against closed forms, scipy, and networks written out."""
 # ruff: noqa: F401, F811  (inception_weights is a fixture)
+import functools
 import re
 import warnings
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from measuring import inception_weights
+from PIL import Image
 
 import fid
 from kit import data, features
@@ -117,6 +119,47 @@ def test_large_references_keep_the_same_images_in_any_order():
     np.testing.assert_allclose(one.kept, two.kept, atol=1e-5)
     assert one.kept.shape == (50, 64) and one.count == 1797 and not one.complete
     np.testing.assert_allclose(one.sigma, two.sigma, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["array", "on the disk", "files"])
+def test_a_random_choice(kind, tmp_path):
+    """The same images in the same order on any number of processes, in batches of any size. All
+    images are in their own order."""
+    x = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1).repeat(3, 3)
+    y = np.arange(40)
+    if kind == "files":
+        for i in range(40):
+            Image.fromarray(x[i]).save(tmp_path / f"{i:02d}.png")
+        files = fid.image_files(tmp_path)
+        open_images = functools.partial(fid.images_from_files, "x", files, workers=0)
+    elif kind == "on the disk":
+        np.savez(tmp_path / "x.npz", arr_0=x + 2, arr_1=y)
+        x = x + 2
+        open_images = functools.partial(opened_npz, tmp_path / "x.npz")
+    else:
+        open_images = functools.partial(fid.images_from_array, "x", x, y)
+
+    def values(world, size, **words):
+        parts = []
+        for rank in range(world):
+            for first, images, labels in open_images(**words).batches(rank, world, size):
+                assert images.shape[1:] == (3, 1, 1) and len(images) <= size
+                pixels = images[:, 0, 0, 0].tolist()
+                assert labels is None or x[labels.numpy(), 0, 0, 0].tolist() == pixels
+                parts.append((first, pixels))
+        return sum((part for _, part in sorted(parts)), [])
+
+    some = values(1, 64, num=12)
+    assert len(set(some)) == 12 and max(some) > 20 and some != sorted(some)
+    for world, size in ((1, 1), (2, 5), (3, 64)):
+        assert values(world, size, num=12) == some
+        assert values(world, size, num=40, seed=3) == values(1, 64) == x[:, 0, 0, 0].tolist()
+    assert values(1, 64, num=12, seed=1) != some
+    assert "12 of 40 images, a random choice (seed 1)" in open_images(num=12, seed=1).choice
+
+
+def opened_npz(path, **words):
+    return fid.open_npz(path, **words)[0]
 
 
 # ---- Feature networks --------------------------------------------------------------------------

@@ -1,9 +1,13 @@
 """Downloads against a server on this machine: whole, truncated, wrong, absent, continued."""
 # ruff: noqa: F401, F811  (server is a fixture)
+import errno
+import fcntl
 import gzip
 import hashlib
 import io
 import socket
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +16,12 @@ import torch
 import torchvision
 from conftest import checkpoint, inside, quick
 from fake_server import Server, server
-from processes import workers
+from processes import Command, finish, workers
 from small_data import write_safetensors
 
+import fid
 import models
-from kit import checkpoints, data, download, features
+from kit import checkpoints, data, features
 from kit.cli import UserError
 from kit.download import fetch
 
@@ -25,7 +30,7 @@ NOWHERE = "http://127.0.0.1:9/"  # nothing listens there
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(download.time, "sleep", lambda _: None)
+    monkeypatch.setattr(fid.time, "sleep", lambda _: None)
 
 
 def accept(path):
@@ -33,7 +38,8 @@ def accept(path):
 
 
 def names(folder):
-    return sorted(f.name for f in folder.rglob("*") if f.is_file())
+    """Of all files below a folder, but for locks, which are empty and stay."""
+    return sorted(f.name for f in folder.rglob("*") if f.is_file() and f.suffix != ".lock")
 
 
 def file_of(net):
@@ -72,7 +78,7 @@ def test_truncated_is_no_file_and_continues_in_the_next_run(server, tmp_path):
 def test_a_slow_server_and_one_that_falls_silent(server, tmp_path, monkeypatch):
     """Slow is no error. After TIMEOUT seconds without a byte the download is tried again from
     where it is."""
-    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    monkeypatch.setattr(fid, "TIMEOUT", 0.3)
     Server.body = bytes(range(256)) * 100
     Server.pace = "slow"  # 1,000 bytes every 20 ms, half a second in all
     assert fetch(server, tmp_path / "slow", accept).read_bytes() == Server.body
@@ -150,6 +156,60 @@ def test_no_server_and_file_urls(tmp_path):
         fetch((tmp_path / "missing.bin").as_uri(), tmp_path / "c", accept)
 
 
+# ---- Several jobs ------------------------------------------------------------------------------
+
+JOBS = {  # what two jobs do at once: work() gives the path of the file
+    "kit": """
+from kit.download import fetch
+def work():
+    return fetch(url, folder, lambda path: None)
+""",
+    "fid": """
+import fid
+def work():
+    return fid.fetch(url, folder)
+""",
+    "another library": """
+import os, urllib.request
+from kit.download import local_first
+def work():
+    path = folder + "/x.pt"
+    if not os.path.exists(path):
+        urllib.request.urlretrieve(url, path)
+    return path
+work = functools.partial(local_first, work, folder + "/x.pt")
+""",
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_two_jobs_want_the_same_file(server, tmp_path, job):
+    """One fetches it, the other waits, says so, and uses it."""
+    Server.body = bytes(range(256)) * 40
+    Server.gate = threading.Event()
+    code = f"import functools\nurl = {server!r}\nfolder = {str(tmp_path / 'new')!r}\n{JOBS[job]}"
+    code += "\nprint(len(open(work(), 'rb').read()))"
+    both = [Command(["-c", code]) for _ in range(2)]
+    deadline = time.monotonic() + 60
+    while not any("waiting" in (p.folder / "stderr").read_text() for p in both):
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.02)
+    Server.gate.set()
+    done = finish(both)
+    assert done.stdout == "10240\n" * 2
+    assert done.stderr.count("waiting for another process that downloads x.pt\n") == 1
+    assert len(Server.seen) == (1 if job == "another library" else 2)  # a look and a fetch, once
+
+
+def test_where_there_are_no_locks(server, tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    Server.body = b"abc"
+    assert fetch(server, tmp_path, accept).read_bytes() == b"abc"
+
+
 # ---- What torchvision fetches ------------------------------------------------------------------
 
 
@@ -180,7 +240,7 @@ def test_torchvisions_data_sets(server, tmp_path, monkeypatch, server_is):
     monkeypatch.setattr(mnist, "resources", hashes)
     monkeypatch.setattr(mnist, "mirrors", [NOWHERE if server_is == "absent" else mirror])
     monkeypatch.setenv("MINDISTILL_CACHE", str(tmp_path))
-    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    monkeypatch.setattr(fid, "TIMEOUT", 0.3)
 
     def good(self):
         return files[self.path.split("/")[-1]]

@@ -10,7 +10,7 @@ from measuring import assert_same, inception_weights, measured, numbers, picture
 from processes import workers
 
 import fid
-from kit import checkpoints, features
+from kit import checkpoints, data, features
 from kit.evaluate import measure_digits
 from kit.processes import Processes
 from kit.sampling import SampleOptions, sample_images
@@ -36,12 +36,36 @@ def test_three_processes(ckpt, measured):
 def test_table_names_everything(pictures, measured):
     with pytest.warns(UserWarning, match="of 6 features has rank 3: too few images"):
         out = measured(pictures / "a", pictures / "b", "--num-samples", 4).out
-    lines = r"a: 4 images\n.*b: 9 images\n.*inception-2015-12-05/adm\n"
+    lines = (r"a: 4 of 12 images, a random choice \(seed 0\)\n.*b: 9 images\n"
+             r".*inception-2015-12-05/adm\n")
     head = r" +FID +sFID +Inception Score +precision +recall\n"
     row = r" +[\d.]+" * 5
     assert re.search(lines + head + row, out)
-    other = fid.table({"": {"fd": 1.0}}, "torchvision-resnet50")
-    assert "FD" in other and "FID" not in other
+    other = fid.table({"": {"fd": -1e-13}}, "torchvision-resnet50")
+    assert "FD" in other and "FID" not in other and "-" not in other.replace("torchvision-", "")
+
+
+def test_some_of_a_set_that_is_sorted_by_class(measured, tmp_path):
+    """Chosen at random, they are like the set; the output says so, also that of ref."""
+    digits = data.digits()
+    order = np.argsort(digits.y.numpy(), kind="stable")
+    x = digits.x.permute(0, 2, 3, 1).numpy()[order]
+    np.savez(tmp_path / "sorted.npz", arr_0=x, arr_1=digits.y.numpy()[order])
+    np.savez(tmp_path / "first.npz", arr_0=x[:500])
+    words = ("digits", "--features", "digits-cnn", "--json")
+    first = numbers(measured(tmp_path / "first.npz", *words).out)
+    words = (tmp_path / "sorted.npz", *words, "--num-samples", 500)
+    some = numbers(measured(*words).out)
+    assert some["fd"] < 15 < 300 < first["fd"] and some["accuracy"] > 0.9
+    assert some["samples_choice"] == "500 of 1,797 images, a random choice (seed 0)"
+    assert some["samples_count"] == 500 and some["reference_choice"] is None
+    assert numbers(measured(*words, "--seed", 1).out)["fd"] != some["fd"]
+
+    words = ("--features", "digits-cnn", "--num-samples", 500, "--seed", 7)
+    out = measured("ref", "digits", "--out", tmp_path / "ref.npz", *words).out
+    assert "digits: 500 of 1,797 images, a random choice (seed 7), 500 kept" in out
+    out = measured("digits", tmp_path / "ref.npz", "--features", "digits-cnn").out
+    assert "ref.npz: 500 of 1,797 images, a random choice (seed 7)\n" in out
 
 
 def test_references(pictures, measured, tmp_path, monkeypatch):

@@ -1,5 +1,13 @@
 """What fid.py refuses: one line that says what is wrong and how to mend it."""
 # ruff: noqa: F401, F811  (inception_weights, measured and pictures are fixtures)
+import contextlib
+import errno
+import os
+import pickle
+import re
+from pathlib import Path
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +68,27 @@ def test_wrong_weights(inception_weights, tmp_path):
     for name in ("inceptoin", "torchvision-resnet5", "digits"):
         with pytest.raises(ValueError, match="features.*nknown"):
             features.load_features(name)
+
+
+@pytest.mark.parametrize("what", ["text", "unicode", "empty", "picture", "pickle", "object", "cut"])
+def test_files_that_are_no_weights(what, tmp_path, pictures):
+    """One line, without torch's advice to load what is not safe."""
+    path = tmp_path / "README.md"
+    if what in ("object", "cut"):
+        torch.save(torch.nn.Linear(2, 2) if what == "object" else torch.zeros(9000), path)
+    whole = path.read_bytes()[:2000 if what == "cut" else None] if path.exists() else b""
+    path.write_bytes({
+        "text": b"# A project\n", "unicode": "x\u00e4".encode() * 999, "empty": b"",
+        "picture": (pictures / "a" / "000.png").read_bytes(),
+        "pickle": pickle.dumps({"a": np.zeros(2)})}.get(what, whole))
+    says = {"text": "it is a text file, not weights", "unicode": "it is a text file, not weights",
+            "empty": "it is empty", "picture": "not a file that torch has saved",
+            "object": "not only weights but torch.nn.modules.linear.Linear"}
+    for load in (features.load_features, fid.load_inception):
+        with pytest.raises(ValueError, match=f"README.md: cannot be .*{says.get(what, '')}") as e:
+            load(str(path))
+        assert len(str(e.value).splitlines()) == 1
+        assert not re.search("weights_only|trusted|\\x1b", str(e.value))
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------
@@ -141,6 +170,63 @@ def test_folders_of_bad_images(pictures, complains, measured, x, tmp_path):
     complains("2.png: cannot be read", tmp_path, b, "--image-size", 32)
 
 
+@pytest.mark.parametrize("odd", [0, 2, 8])
+def test_sizes_are_looked_at_before_measuring(complains, x, tmp_path, odd):
+    """The same complaint in batches of any size, from any number of processes."""
+    for i in range(9):
+        Image.fromarray(x[i][:30] if i == odd else x[i]).save(tmp_path / f"{i}.tif")
+    odd_one, first = (1, 0) if odd == 0 else (odd, 0)
+    pattern = f"/{odd_one}.tif is 48x.*/{first}.tif is 48x.*; --image-size N crops and scales all"
+    for size in (1, 4, 100):
+        complains(pattern, tmp_path, tmp_path, "--batch-size", size)
+    Image.fromarray(x[0]).save(tmp_path / f"{odd}.tif")
+    (tmp_path / "7.tif").write_bytes(b"no picture")
+    complains("7.tif: cannot be read", tmp_path)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_processes_agree_about_sizes(x, tmp_path, monkeypatch, world):
+    for i in range(9):
+        Image.fromarray(x[i][:30] if i in (5, 7) else x[i]).save(tmp_path / f"{i}.png")
+    files = fid.image_files(tmp_path)
+    said = []
+    monkeypatch.setattr(fid, "gather_objects", lambda value: said.append(value) or [])
+    ranks = iter(range(world))
+    monkeypatch.setattr(fid, "rank_and_world", lambda: (next(ranks), world))
+    monkeypatch.setattr(fid, "progress_bar", lambda *_: contextlib.nullcontext(Mock(n=0)))
+    for _ in range(world):
+        fid.check_sizes(files)
+    monkeypatch.setattr(fid, "gather_objects", lambda value: said)
+    monkeypatch.setattr(fid, "rank_and_world", lambda: (0, 1))
+    with pytest.raises(ValueError, match="5.png is 48x30, .*0.png is 48x40"):
+        fid.check_sizes(files)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "gif", "tif", "bmp", "webp", "tga", "jp2"])
+def test_cut_images(ending, x, tmp_path):
+    """Also from processes that read, one line that names the file."""
+    for i in range(6):
+        Image.fromarray(x[i]).save(tmp_path / f"{i}.{ending}")
+    bad = tmp_path / f"4.{ending}"
+    bad.write_bytes(bad.read_bytes()[:-len(bad.read_bytes()) // 2])
+    with pytest.raises(ValueError, match=f"/4.{ending}: cannot be read") as e:
+        images = fid.images_from_files("x", fid.image_files(tmp_path), workers=2)
+        list(images.batches(0, 1, 2))
+    assert len(str(e.value).splitlines()) == 1 and "Traceback" not in str(e.value)
+
+
+def test_folders_that_cannot_be_read(complains, pictures, tmp_path, monkeypatch):
+    def scandir(path, real=os.scandir):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "0.png").write_bytes((pictures / "a" / "000.png").read_bytes())
+    monkeypatch.setattr(os, "scandir", scandir)
+    complains("locked: the folder cannot be read .Permission denied", tmp_path)
+
+
 # ---- Statistics --------------------------------------------------------------------------------
 
 
@@ -180,6 +266,72 @@ def test_references_that_cannot_be_written(pictures, complains, fails, tmp_path)
     (tmp_path / "x.npz").mkdir()
     message = fails("fid", "ref", "digits", "--features", "digits-cnn", "--out", "x.npz")
     assert "it is a folder" in message
+
+
+def test_a_full_disk(pictures, complains, tmp_path, monkeypatch):
+    """Nothing is left of what was half written."""
+    def savez(f, **arrays):
+        f.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "savez", savez)
+    out = tmp_path / "ref.npz"
+    complains("ref.npz: cannot write .No space left.*free some space", "ref", pictures / "b",
+              "--out", out)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- Flags -------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:a covariance")
+def test_flags_without_effect(pictures, complains, measured, ckpt, tmp_path):
+    a, b, x, ref = (pictures / "a", pictures / "b", pictures / "a.npz", tmp_path / "ref.npz")
+    measured("ref", b, "--out", ref)
+    cnn = ("--features", "digits-cnn")
+    for flag, words in {
+            "nfe": (a, b, "--nfe", 4),
+            "cfg": ("digits", "digits", "--cfg", 1, *cnn),
+            "seed": (a, b, "--num-samples", 12, "--seed", 0),  # all of them
+            "image-size": (x, ref, "--image-size", 32),
+            "features": (ref, ref, *cnn),
+            "resize": ("digits", "digits", "--resize", "adm", *cnn),
+            "reference-resize": (a, ref, "--reference-resize", "adm"),
+            "out": (a, b, "--out", "x.npz"),
+            "json": ("ref", a, "--json", "--out", tmp_path / "x.npz")}.items():
+        complains(f"--{flag} has no effect .*; leave it out", *words)
+    for words in (("ref", a, "--nfe", 4), ("ref", x, "--image-size", 8), ("ref", a, "--seed", 1)):
+        complains(f"{words[2]} has no effect", *words, "--out", tmp_path / "x.npz")
+    complains("--resize has no effect", ref, ref, "--resize", "adm")
+    # Where they have one:
+    measured(a, ref, "--resize", "adm", "--image-size", 32, "--num-samples", 9, "--seed", 1)
+    measured(ckpt, "digits", "--num-samples", 9, "--nfe", 1, "--seed", 1, "--cfg", 1, *cnn)
+
+
+def test_unknown_flags(capsys):
+    for word, close in (("--num_samples=3", "--num-samples"), ("--feature-net", "--features"),
+                        ("--batchsize", "--batch-size"), ("--jason", "--json")):
+        with pytest.raises(SystemExit):
+            fid.parser().parse_args(["a", "b", word])
+        assert f"arguments: {word}; did you mean {close}?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fid.parser().parse_args(["a", "b", "c"])
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_no_home_folder(monkeypatch, tmp_path):
+    """Asked for only where something is fetched and MINDISTILL_CACHE names no place."""
+    monkeypatch.setattr(Path, "home", raise_runtime_error)
+    monkeypatch.setenv("MINDISTILL_CACHE", str(tmp_path))
+    assert fid.cache_folder() == tmp_path
+    monkeypatch.delenv("MINDISTILL_CACHE")
+    fid.load_features("digits-cnn")
+    with pytest.raises(ValueError, match="name one in MINDISTILL_CACHE"):
+        fid.load_features("inception")
+
+
+def raise_runtime_error(*_):
+    raise RuntimeError("Could not determine home directory.")
 
 
 # ---- The command -------------------------------------------------------------------------------
