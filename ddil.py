@@ -634,7 +634,8 @@ def main(args):
     D = Aggregated(proc.device)
     state = {"model": nets.net, "opt": nets.opt, "target": nets.target, "critic": nets.critic,
              "critic_opt": nets.critic_opt, "buffer": D}
-    run = Run(args, proc, args.objective, nets.wrapped, state, spec)
+    fixed = ["steps"] if any(args.dagger) else []  # the mixture's schedule depends on them
+    run = Run(args, proc, args.objective, nets.wrapped, state, spec, fixed=fixed)
     if run.is_finished and is_measured(args):
         return print_finished(args, proc)
     if run.step:

@@ -66,6 +66,7 @@ from kit.base import (
 from kit.cli import (
     UserError,
     add_base_arguments,
+    add_data_arguments,
     add_run_arguments,
     apply_defaults,
     arguments,
@@ -236,7 +237,7 @@ def main(args):
     # Resume, also in the middle of a trajectory:
     state = {"model": net, "opt": opt, "ema": ema, "teacher": frozen}
     flops = step_flops(args, spec, forwards)
-    run = Run(args, proc, args.variant, wrapped, state, spec, flops)
+    run = Run(args, proc, args.variant, wrapped, state, spec, flops, fixed=["steps"])
     if run.is_finished and is_measured(args):
         return print_finished(args, proc)
     z = None
@@ -413,6 +414,7 @@ def from_scratch_arguments(args):
                         "else 0, and fid.py measures what sample.py makes")
     own = arguments(
         train.parser(), prediction="v", data=args.data, model=args.model, steps=args.steps,
+        classes=args.classes, trust_labels=args.trust_labels, flip=args.flip, workers=args.workers,
         image_size=args.image_size, batch_size=args.batch_size, lr=args.lr, warmup=warmup,
         ema=args.ema, seed=args.seed, out=args.out, resume=args.resume, log_every=args.log_every,
         save_every=args.save_every, save_minutes=args.save_minutes,
@@ -514,10 +516,10 @@ def parser():
     group = p.add_argument_group("from scratch")
     group.add_argument("--from-scratch", action="store_true",
                        help="training DSD (Eq. 1) in place of all this")
-    group.add_argument("--data", help="digits, mnist, cifar10, ..., a folder of images or cached "
-                                      "latents (default: digits)")
     group.add_argument("--loss-weights", type=float, nargs=2, metavar=("ALPHA", "BETA"),
                        help="alpha and beta of Eq. 1 (default: 0.85 0.15)")
+    add_data_arguments(p, "from scratch: digits, mnist, cifar10, ..., a folder of images or cached "
+                          "latents (default: digits)")
     group = p.add_argument_group("training")
     group.add_argument("--steps", type=int,
                        help="P, updates in all (default: Table 3; digits 256)")

@@ -146,7 +146,7 @@ def main(args, objective=diffusion_loss, method="train", quiet=False):
     # Setup data and network:
     base_spec = base.describe_base(args) if args.ckpt else None
     size = base_spec["arch"]["input_size"] if base_spec else args.image_size  # None: the images'
-    dataset = data.load(args.data, size, args.classes)
+    dataset = data.load(args.data, size, args.classes, args.flip, args.workers)
     spec = base_spec or base.describe_new(args, dataset, learn_sigma=objective is diffusion_loss)
     base.refuse_in_training(args, spec)
     spec.update(method=method, reading=None)
@@ -154,7 +154,7 @@ def main(args, objective=diffusion_loss, method="train", quiet=False):
     spec["schedule"] = args.schedule or spec["schedule"]
     check_combination(args, spec, objective)
     base.warn_if_too_narrow(proc, spec)
-    data.check_fits(dataset, spec)
+    data.check_fits(dataset, spec, args.trust_labels)
     base.check_labels(args, dataset, spec)
     schedule = make_schedule(spec["schedule"]).to(proc.device)
     forwards = 3 if objective is diffusion_loss else 4  # per step; a backward counts as two
@@ -171,12 +171,14 @@ def main(args, objective=diffusion_loss, method="train", quiet=False):
     spec["null"] = dataset.null if dataset.text else None  # what guidance starts from: no caption
     null = dataset.null.to(proc.device) if dataset.text else spec["classes"]
 
-    run = Run(args, proc, method, student, {"model": net, "opt": opt, "ema": ema}, spec, flops)
+    state = {"model": net, "opt": opt, "ema": ema}
+    run = Run(args, proc, method, student, state, spec, flops, dataset=dataset)
     if run.is_finished:
         if not quiet:
             say(proc, f"{args.out} is finished: {last} is ready; to train again, give another "
                       f"--out or delete {args.out}")
         return last
+    say(proc, data.summary(dataset))
     batches = data.batches(dataset, proc, args.seed, args.batch_size, run.step)
     for step, rng in run.steps():
         x0, y = next(batches)
@@ -275,7 +277,8 @@ def train_control(args, source):
     the method's data, steps, batch and learning rate. Returns the network, on the CPU."""
     own = arguments(
         parser(), ckpt=args.ckpt, model=args.model, image_size=args.image_size,
-        classes=getattr(args, "classes", None), data=str(source), steps=args.steps,
+        classes=getattr(args, "classes", None), flip=getattr(args, "flip", None),
+        trust_labels=getattr(args, "trust_labels", False), data=str(source), steps=args.steps,
         batch_size=args.batch_size, lr=args.lr, warmup=0, decay="constant", ema=0.0, clip=0.0,
         seed=args.seed, amp=args.amp, resume=args.resume, out=f"{args.out}/continued",
         log_every=args.steps, save_every=args.steps)

@@ -184,7 +184,7 @@ def refuse_for_the_data(args):
     """Raise UserError for flags that have no effect with this --data."""
     name = args.data or ""
     is_npz = name.endswith(".npz")
-    if name and not is_npz:
+    if name and not is_npz and not args.ckpt:  # whose table of labels may leave its classes open
         refuse_without_effect(args, "classes", f"with --data {name}, which tells its classes")
     if is_npz or name in ("digits", *data.TORCHVISION):
         refuse_without_effect(args, "workers", f"with --data {name}, which is held in memory")
@@ -222,11 +222,14 @@ def training_data(args, denoise, spec, proc, run):
         guidance = f"guidance {args.cfg:g}" if can_guide(spec) else "no guidance"
         say(proc, f"training data: {size:,} samples of the base model itself, {nfe} steps, "
                   f"{guidance}")
-        options = SampleOptions(seed=args.seed, nfe=nfe, cfg=args.cfg)
+        options = SampleOptions(seed=args.seed, nfe=nfe, cfg=args.cfg,
+                                batch=args.sample_batch_size)
         source = synthetic_pool(denoise, spec, proc, cache_folder(), size, options)
-    dataset = data.load(source, spec["arch"]["input_size"], args.classes)
-    data.check_fits(dataset, spec)
+    dataset = data.load(source, spec["arch"]["input_size"], args.classes, args.flip, args.workers)
+    data.check_fits(dataset, spec, args.trust_labels)
     check_labels(args, dataset, spec)
+    run.use_data(dataset)
+    say(proc, data.summary(dataset))
     return dataset, source
 
 

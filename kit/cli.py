@@ -276,14 +276,14 @@ def add_run_arguments(parser, out):
 def arguments(parser, **values):
     """What the parser would return for these values: all other arguments have their defaults.
 
-    A value of None counts as not given.
+    None and False count as not given.
     """
     args = parser.parse_args([])
     for key, value in values.items():
         if not hasattr(args, key):
             raise TypeError(f"{parser.prog} has no argument {key}")
         setattr(args, key, value)
-    args.given = frozenset(key for key, value in values.items() if value is not None)
+    args.given = frozenset(key for key, value in values.items() if value not in (None, False))
     return args
 
 

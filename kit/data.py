@@ -14,8 +14,10 @@ A data set here has
 
 and len(). `python -m kit.encode` makes caches of latents from images and prompts.
 """
+import atexit
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import warnings
@@ -25,16 +27,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 import fid
-from kit.cli import UserError, cache_folder
+from kit.cli import UserError, cache_folder, user_errors
 from kit.download import local_first
 from kit.processes import StepRandom, generator
 
 ASSETS = Path(__file__).parents[1] / "assets"
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}  # of images
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
@@ -97,7 +97,8 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __init__(self, root, size=None):
         self.name = str(root)
-        _, folders, beside = next(list_folder(root))
+        listed = list_folder(root)
+        _, folders, beside = listed[0]
         if folders and beside:
             raise UserError(f"--data {root}: {beside[0]} lies beside folders, which are classes; "
                             "move it into one, or away")
@@ -106,9 +107,15 @@ class ImageFolder(torch.utils.data.Dataset):
         self.classes = len(folders)
         self.class_names = folders or None
         self.files = []  # pairs of path and label
-        for label, folder in enumerate(folders or [""]):
-            for file in image_files(Path(root, folder)):
-                self.files.append((file, label))
+        files_of = {name: [] for name in folders or [""]}
+        for path, _, names in listed:
+            first, *_ = Path(path).relative_to(root).parts or [""]
+            files_of.get(first, []).extend(Path(path, name) for name in names)
+        for label, (folder, files) in enumerate(files_of.items()):
+            if not files:
+                raise UserError(f"--data {Path(root, folder)}: no images there; put some there, or "
+                                "move the folder away")
+            self.files += [(file, label) for file in sorted(files)]
         self.size = size or own_size([file for file, _ in self.files])
         self.shape = (3, self.size, self.size)
 
@@ -260,26 +267,10 @@ def digits():
 # ---- Files -------------------------------------------------------------------------------------
 
 
+@user_errors()
 def list_folder(folder):
-    """Every folder from this one down, links followed -> (path, names of folders in it, names of
-    images in it), sorted. Hidden files and folders are left out."""
-    def visible(names):
-        return sorted(name for name in names if not name.startswith((".", "__MACOSX")))
-
-    for path, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = visible(folders)  # os.walk goes into what is left
-        yield path, folders, [n for n in visible(files) if Path(n).suffix.lower() in ENDINGS]
-
-
-def image_files(folder):
-    """The paths of all images below a folder, in order. Raises UserError when there are none."""
-    files = []
-    for path, _, names in list_folder(folder):
-        files.extend(Path(path, name) for name in names)
-    if not files:
-        endings = ", ".join(sorted(ENDINGS))
-        raise UserError(f"{folder}: no images there (looked for {endings})")
-    return sorted(files)
+    """fid.list_folder, which raises UserError here."""
+    return fid.list_folder(folder)
 
 
 def in_order(folders):
@@ -292,7 +283,7 @@ def in_order(folders):
 def _refuse_splits(root, folders):
     """Raise UserError where the folders are train/ and val/, not classes."""
     named = [name for name in folders if name.lower() in SPLITS]
-    deep = [name for name in named if next(list_folder(Path(root, name)))[1]]
+    deep = [name for name in named if any(p.is_dir() for p in Path(root, name).iterdir())]
     if named and (deep or len(named) == len(folders)):
         train = [name for name in named if name.lower().startswith("train")]
         part = (train or deep or named)[0]
@@ -305,19 +296,11 @@ def own_size(files):
     where 100 of them agree and have less than 256 pixels, else 256."""
     sides = set()
     for file in files[::len(files) // 100 + 1]:
-        sides.add(min(image_size(file)))
+        with user_errors():
+            sides.add(min(fid.size_of(file)))
     if len(sides) == 1:
         return min(256, *sides)
     return 256
-
-
-def image_size(path):
-    """(width, height) of an image file. Raises UserError."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError) as e:
-        raise UserError(f"image {path}: cannot be read ({e}); mend or remove it")
 
 
 def load_prompts(root):
@@ -334,12 +317,10 @@ def load_prompts(root):
     return embeddings, torch.from_numpy(null).float()
 
 
+@user_errors()
 def read_image(path, size=None):
     """fid.read_image, which raises UserError here."""
-    try:
-        return fid.read_image(path, size)
-    except ValueError as e:
-        raise UserError(str(e))
+    return fid.read_image(path, size)
 
 
 def to_float(x):
@@ -461,7 +442,7 @@ def _load_torchvision(name):
         return dataset(folder, train=True, download=True)
 
     try:
-        raw = local_first(download)
+        raw = local_first(download, lock=folder / TORCHVISION[name])
     except Exception as e:  # urllib's, zipfile's, torchvision's own RuntimeError of several lines
         reason = " ".join(str(e).split())
         raise UserError(f"--data {name}: torchvision cannot fetch it into {folder} "
@@ -623,7 +604,7 @@ def batches(data, proc, seed, batch, start):
     y   (B / world,) long; of data with captions (B / world, T, D) float32
     """
     plan = _plan_batches(data, proc, seed, batch, start)
-    if data.workers == 0:
+    if isinstance(data, Pixels):
         for index, flip in plan:
             index = torch.as_tensor(index).to(proc.device, non_blocking=True)
             yield data.take(index, flip.to(proc.device, non_blocking=True))
@@ -663,6 +644,8 @@ def unwrap_worker_errors(loader):
     try:
         with signals_held():
             items = iter(loader)
+        atexit.unregister(end_workers)
+        atexit.register(end_workers)
         yield from items
         return
     except UserError as e:
@@ -674,6 +657,7 @@ def unwrap_worker_errors(loader):
             raise
         e.__traceback__ = None
     # important! Nothing keeps the loader's frames any longer, so that its processes end now.
+    items = None
     raise UserError(line)
 
 
@@ -686,6 +670,15 @@ def _explain_lost_worker(text):
         return (f"a process that reads data has ended ({text.splitlines()[0][:100]}); there may "
                 "be too little memory: give fewer --workers, or 0")
     return None
+
+
+def end_workers():
+    """At the exit of this process: end what still reads, which no SIGTERM ends."""
+    if hasattr(signal, "SIGCHLD"):  # torch's handler would complain
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 @contextmanager

@@ -154,11 +154,13 @@ class Run:
     extra     further tensors and numbers for the checkpoint, or functions that give them, called on
               all ranks when it is written; after __init__, what the checkpoint held
     base      the network of the steps that a one-step student does not make (for pictures)
-    fixed     names of arguments that may not change when the run continues, : where
-              the past would mean something else
+    fixed     names in FUTURE that may not change when the run continues: the steps that are done
+              would mean something else
+    dataset   where it is open already; else use_data() follows
     """
 
-    def __init__(self, args, proc, name, student, state, spec, flops=0, fixed=()):  # noqa: PLR0913
+    def __init__(self, args, proc, name, student, state, spec,  # noqa: PLR0913
+                 flops=0, fixed=(), dataset=None):
         self.args = args
         self.proc = proc
         self.name = name
@@ -177,8 +179,12 @@ class Run:
             raise UserError("--sample-every draws images, and this model makes latents; leave it "
                             "out, and draw a checkpoint with sample.py --decode")
         held, changed = open_out_folder(args, proc, fixed)
+        if held and dataset:
+            refuse_changed_data(args, held.get("data"), dataset)
         if held:
             self.restore(held)
+        if dataset:
+            self.use_data(dataset)
         for line in changed:
             say(proc, f"{args.out}: {line}")
 
@@ -201,11 +207,7 @@ class Run:
 
     def use_data(self, dataset):
         """Remember which data set this run trains on. Raises UserError when it was another one."""
-        before = self.extra.get("data")
-        changed = before and what_changed(before, dataset.identity)
-        if changed:
-            raise UserError(f"--data {dataset.name} is not what {self.args.out} was trained on: "
-                            f"{changed}; restore it, or choose another --out")
+        refuse_changed_data(self.args, self.extra.get("data"), dataset)
         self.extra["data"] = dataset.identity
 
     # The steps:
@@ -459,7 +461,7 @@ def peak_memory_gib(device):
 
 # Arguments that do not change the result, or only where they end in rounding:
 FREE = {"out", "resume", "log_every", "save_every", "save_minutes", "sample_every", "eval_samples",
-        "dry_run", "workers", "sample_batch_size"}
+        "dry_run", "workers", "sample_batch_size", "pool"}
 # Arguments that change nothing but the steps that are still to come:
 FUTURE = {"lr", "steps", "amp", "compile", "accumulate", "grad_checkpointing"}
 
@@ -529,6 +531,15 @@ def changed_arguments(args, saved, paths, step, fixed):
         if not is_finished:
             lines.append(f"from here on with {flag(key)} {value}, it was {before}")
     return lines
+
+
+def refuse_changed_data(args, before, dataset):
+    """Raise UserError when the data set is not the one with the identity `before` (None: not
+    known)."""
+    changed = before and what_changed(before, dataset.identity)
+    if changed:
+        raise UserError(f"--data {dataset.name} is not what {args.out} was trained on: {changed}; "
+                        "restore it, or choose another --out")
 
 
 def plain_arguments(args):

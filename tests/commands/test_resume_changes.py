@@ -42,8 +42,8 @@ def test_more_steps():
 
 def test_what_changes_no_result():
     stopped()
-    said = inside(*TRAIN, "--steps", 8, "--accumulate", 2, "--save-every", 3, "--workers", 0,
-                  "--amp", "off", "--grad-checkpointing")
+    said = inside(*TRAIN, "--steps", 8, "--accumulate", 2, "--save-every", 3, "--amp",
+                  "off", "--grad-checkpointing")
     assert "--accumulate 2, it was 1" in said and "--amp off, it was auto" in said
     assert "--grad-checkpointing True, it was False" in said and "save-every" not in said
     assert load("out")["step"] == 8

@@ -305,7 +305,7 @@ def test_a_full_disk(tmp_path, monkeypatch, free, error, message):
 def test_arguments_that_may_change_on_resume(tmp_path, ckpt):
     assert kit_run.FREE == {
         "out", "resume", "log_every", "save_every", "eval_samples", "dry_run", "save_minutes",
-        "sample_every", "workers", "sample_batch_size"}
+        "sample_every", "workers", "sample_batch_size", "pool"}
     assert kit_run.FUTURE == {"lr", "steps", "amp", "compile", "accumulate", "grad_checkpointing"}
     run(ckpt, tmp_path / "a", "--steps", 1)
     last = tmp_path / "a" / "last.pt"

@@ -19,6 +19,7 @@ from conftest import (
 from PIL import Image
 from processes import Command, workers
 
+import fid
 import issd
 import models
 from kit import data
@@ -284,7 +285,7 @@ def test_image_folders(fails, tmp_path):
     assert found.classes == 2
     files = [(f.as_posix()[-7:], k) for f, k in found.files]
     assert files == [("a/0.png", 0), ("b/0.png", 1)]
-    assert len(data.image_files(root)) == 2
+    assert len(fid.image_files(root)) == 2
 
     def call(*words):
         return fails("train", "--data", "set", "--steps", 2, "--batch-size", 4, *words)
@@ -429,8 +430,8 @@ def test_what_is_left_in_the_output_folder(fails, tmp_path, ckpt, capsys):
     for text in ("", "{}"):                               # a damaged metrics.json is made again
         (out / "metrics.json").write_text(text)
         assert "after issd" in inside(*words)
-    said = fails("issd", *quick(ckpt, out), "--data", "digits", "--steps", 4)
-    assert "with --steps 2, now it is 4" in said
+    said = fails("issd", *quick(ckpt, out), "--data", "digits", "--batch-size", 8)
+    assert "with --batch-size 4, now it is 8" in said
     (out / "last.pt").unlink()
     capsys.readouterr()
     said = fails("issd", *quick(ckpt, out), "--lr", 1e-4)
