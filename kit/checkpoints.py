@@ -323,19 +323,24 @@ def find_weights(ckpt, name, net=None):
     """
     if "format" in ckpt:
         return ckpt["ema"]
-    tensors = {WRAPPERS.sub("", key): value for key, value in _named_tensors(ckpt).items()}
-    shadow = _shadow_parameters(ckpt)
+    try:
+        tensors = {WRAPPERS.sub("", key): value for key, value in _named_tensors(ckpt).items()}
+        shadow = _shadow_parameters(ckpt)
+    except (RecursionError, AttributeError, LookupError, TypeError):
+        raise UserError(f"checkpoint {name}: what it holds makes no sense; save its state dict "
+                        "alone")
     prefix = _network_prefix(tensors, name)
+    is_average = prefix is not None and _rank(prefix) < 2
     _refuse_others(ckpt, tensors, name, shadow or prefix is not None)
     weights = {}
     if prefix is not None:
         weights = _under(tensors, prefix)
-        if not AVERAGE.search(prefix.lower()):
+        if not is_average:
             weights.update(_lightning_average(tensors, prefix, weights))
     elif not shadow:
         inside = [key for key in ("ema", "model", "state_dict") if isinstance(ckpt.get(key), dict)]
         weights = _under(tensors, f"{inside[0]}." if inside else "")
-    if shadow and net is not None and not AVERAGE.search((prefix or "").lower()):
+    if shadow and net is not None and not is_average:
         weights.update(_name_parameters(shadow, net, name))
     return weights
 
@@ -358,19 +363,31 @@ def _under(tensors, prefix):
 
 def _network_prefix(tensors, name):
     """The prefix of the network to use, or None where there is none. Raises UserError."""
-    prefixes = []
-    for key in tensors:
+    ranked = {}
+    for key, value in tensors.items():
         match = LANDMARK.fullmatch(key)
-        if match:
-            prefixes.append(match[1])
-    averages = [prefix for prefix in prefixes if AVERAGE.search(prefix.lower())]
-    plain = [prefix for prefix in prefixes if PLAIN_WORDS.issuperset(prefix.split(".")[:-1])]
-    best = averages or plain or prefixes
+        if match:  # two names of one network share their tensors
+            ranked.setdefault(_rank(match[1]), {}).setdefault(value.data_ptr(), match[1])
+    if not ranked:
+        return None
+    best = list(ranked[min(ranked)].values())
     if len(best) > 1:
         names = ", ".join(prefix.rstrip(".") or "the top" for prefix in best)
         raise UserError(f"checkpoint {name}: holds several networks ({names}); torch.save the "
                         "state dict of the one to use alone")
-    return best[0] if best else None
+    return best[0]
+
+
+def _rank(prefix):
+    """How much a prefix looks like that of the network to use, from 0 on: an average, something of
+    an average, a network that is not called anything else, another one."""
+    words = [word for word in prefix.lower().split(".")[:-1] if word not in PLAIN_WORDS]
+    averages = [bool(AVERAGE.search(word)) for word in words]
+    if not words:
+        return 2
+    if averages[-1]:
+        return 0
+    return 1 if any(averages) else 3
 
 
 def _lightning_average(tensors, prefix, weights):
@@ -397,7 +414,7 @@ def _lightning_average(tensors, prefix, weights):
 def _shadow_parameters(held):
     """The averaged parameters that torch_ema, diffusers and others keep as a list, or None."""
     shadow = held.get("shadow_params")
-    if isinstance(shadow, list) and shadow:
+    if isinstance(shadow, list) and shadow and isinstance(shadow[0], torch.Tensor):
         return shadow
     for value in held.values():
         if isinstance(value, dict) and _shadow_parameters(value):

@@ -40,6 +40,14 @@ def wrap(form, sd):
         untrained = {"net." + key: value * 0 for key, value in sd.items()}
         averaged = {"ema_model.module." + key: value for key, value in sd.items()}
         return {"state_dict": untrained | averaged, "n_averaged": torch.tensor(1)}
+    if form == "average's network beside":
+        untrained = {"online_model." + key: value * 0 for key, value in sd.items()}
+        averaged = {"ema_model." + key: value for key, value in sd.items()}
+        return {"model": {key: value * 0 for key, value in sd.items()}, "ema":
+                {**untrained, **averaged, "step": torch.tensor(1)}}
+    if form == "two names":
+        return {"state_dict": {f"{name}.{key}": value for key, value in sd.items()
+                               for name in ("net", "model.net")}}
     if form == "teacher beside":
         return {"state_dict": {f"{net}.{key}": value * factor for key, value in sd.items()
                                for net, factor in (("model", 1), ("teacher", 0))}}
@@ -54,7 +62,8 @@ def wrap(form, sd):
 INSIDE = {"compiled blocks": "_orig_mod.", "fsdp blocks": "_fsdp_wrapped_module.",
           "checkpointed blocks": "_fsdp_wrapped_module._checkpoint_wrapped_module."}
 FORMS = ["raw", "ema", "model", "state_dict", "ddp", "compiled ddp", "lightning", "fsdp", "net",
-         "wrapper", "lightning transformer", "average beside", "teacher beside", "accelerate",
+         "wrapper", "lightning transformer", "average beside",
+         "average's network beside", "two names", "teacher beside", "accelerate",
          *INSIDE]
 
 

@@ -212,6 +212,16 @@ def test_a_number_of_object_type_stays_inert(tmp_path):
     assert isinstance(checkpoints.read_file(tmp_path / "x.pt")["a"], unpickle.Inert)
 
 
+def test_dictionaries_that_hold_themselves(tmp_path):
+    zip_of(b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.", tmp_path / "x.pt")
+    with pytest.raises(checkpoints.UserError, match="makes no sense"):
+        checkpoints.load_model(tmp_path / "x.pt", "DiT-Ti/2")
+    zip_of(b"\x80\x02}(X\x01\x00\x00\x00aca\nb\n)\x81}X\x08\x00\x00\x00_modulesNsbu.",
+           tmp_path / "x.pt")
+    with pytest.raises(checkpoints.UserError, match="makes no sense"):
+        checkpoints.load_model(tmp_path / "x.pt", "DiT-Ti/2")
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_programs_are_not_run(tmp_path):
     """Also as the bytes of a tensor's numbers. torch.load would run them, whatever it is told."""
