@@ -1463,7 +1463,16 @@ def parser():
     group.add_argument("--nfe", type=int, help="steps (default: as trained, else 50)")
     group.add_argument("--cfg", type=float,
                        help="scale of guidance, 1 for none (default: as trained)")
+    group.add_argument("--uncond", metavar="PATH",
+                       help="a network without classes that guides one which has not learned the "
+                            "null label, as EDM's")
     group.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
+    group.add_argument("--labels", choices=["balanced", "random"],
+                       help="balanced: all classes in turn; random: drawn for each sample "
+                            "(default: balanced)")
+    group.add_argument("--sample-batch-size", type=int, metavar="N",
+                       help="samples at once, of each process; guidance doubles the rows (default: "
+                            "what costs at most 16 TFLOP, and at most 250)")
 
     group = p.add_argument_group("output")
     group.add_argument("--out", metavar="FILE.npz", help="where ref writes the statistics")
