@@ -47,7 +47,6 @@ class Store:
 
     def check(self, settings):
         """Raise UserError unless the folder is empty, or holds samples of the same settings."""
-        mend = f"delete {self.folder}, or give another --out"
         file = self.folder / self.settings_file
         strange = []
         for name in os.listdir(self.folder):
@@ -55,9 +54,11 @@ class Store:
             if not is_sample and not re.fullmatch(self.beside, name):
                 strange.append(name)
         if strange:
-            raise UserError(f"{self.folder} holds something else ({min(strange)}); {mend}")
+            raise UserError(f"{self.folder} holds something else ({min(strange)}), where only "
+                            "samples may be; move that away, or give another --out")
         if not self.numbers():  # nothing would be lost
             return
+        mend = f"delete {self.folder}, or give another --out"
         try:
             held = dict(json.loads(file.read_text()))
         except (ValueError, TypeError):
