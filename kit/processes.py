@@ -198,7 +198,7 @@ def will_compile(args):
 def generator(device, *key):
     """A torch.Generator whose stream depends on the integers `key` >= 0 alone: (seed, step)."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> 1))
+    return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
 class StepRandom:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import checkpoint, inside
 from PIL import Image
-from processes import Command, script, start_workers, workers
+from processes import Command, start_workers, workers
 
 import models
 from kit import processes, sampling, store
@@ -281,10 +281,9 @@ def wait_for_chunks(started, folder, n):
 
 
 def test_processes_killed_twice_write_what_one_writes(tmp_path, slow):
-    words = ["sample.py", *command(slow, tmp_path / "one.npz", "--nfe", 4, num=1300)]
-    script(*words)
+    draw(slow, tmp_path / "one.npz", num=1300)
     out = tmp_path / "two" / "x.npz"
-    words[words.index("--out") + 1] = out
+    words = ["sample.py", *command(slow, out, num=1300)]
     parts = out.with_name("x.npz.parts")
     for world, n, sig in ((1, 1, signal.SIGKILL), (2, 3, signal.SIGTERM)):
         started = start_workers(world, words)

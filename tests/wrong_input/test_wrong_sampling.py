@@ -59,8 +59,9 @@ def test_guidance_and_labels_in_both_scripts(words, message, files, tmp_path):
     said = refused("sample.py", files, f"--ckpt {words}{few} --out {tmp_path}/x.npz")
     assert message in said
     assert list(tmp_path.iterdir()) == []
-    said = refused("fid.py", files, f"{words}{few} digits --features digits-cnn")
-    assert message in said
+    if words.endswith(("2", "random")):
+        said = refused("fid.py", files, f"{words}{few} digits --features digits-cnn")
+        assert message in said
 
 
 @pytest.mark.parametrize("words, message", [
