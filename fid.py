@@ -1499,10 +1499,13 @@ def open_side(path, args, num=None):
 
 
 # The flags that do not have an effect on every input: why they had none.
-SAMPLING = ("nfe", "cfg", "seed")
+SAMPLING = ("nfe", "cfg", "seed", "uncond", "labels", "sample_batch_size")
 NO_EFFECT = {
     "nfe": "without a checkpoint",
     "cfg": "without a checkpoint",
+    "uncond": "without a checkpoint",
+    "labels": "without a checkpoint",
+    "sample_batch_size": "without a checkpoint",
     "seed": "where neither a checkpoint is sampled nor some of many images are chosen",
     "image_size": "without a folder of images",
     "features": "where nothing but statistics is compared",
@@ -1781,6 +1784,15 @@ def parser():
     group.add_argument("--nfe", type=int, help="steps (default: as trained, else 50)")
     group.add_argument("--cfg", type=float,
                        help="scale of guidance, 1 for none (default: as trained)")
+    group.add_argument("--uncond", metavar="PATH",
+                       help="a network without classes that guides one which has not learned the "
+                            "null label, as EDM's")
+    group.add_argument("--labels", choices=["balanced", "random"],
+                       help="balanced: all classes in turn; random: drawn for each sample "
+                            "(default: balanced)")
+    group.add_argument("--sample-batch-size", type=int, metavar="N",
+                       help="samples at once, of each process; guidance doubles the rows (default: "
+                            "what costs at most 16 TFLOP, and at most 250)")
 
     group = p.add_argument_group("output")
     group.add_argument("--out", metavar="FILE.npz", help="where ref writes the statistics")

@@ -430,6 +430,26 @@ def guide(net, cfg, channels=None, null=None):
     return guided
 
 
+def guide_with(cond, uncond):
+    """Guidance with two networks: uncond + w (cond - uncond), Eq. 4 of the KD paper.
+
+    Returns net(x, t, y, w), a network that takes the scale w (B,) as an input, 1 is no guidance:
+    guide(guide_with(cond, uncond), cfg) fixes it. cond(x, t, y) knows the labels, uncond(x, t, y)
+    has none: it gets its own null label. Further channels (a learned variance) are those of cond.
+    """
+    def net(x, t, y, w):
+        C = x.shape[1]
+        w = column(w, x)
+        null = torch.full_like(y, uncond.num_classes)
+        out = cond(x, t, y)
+        mixed = w * out[:, :C] - (w - 1) * uncond(x, t, null)[:, :C]
+        return torch.cat([mixed, out[:, C:]], dim=1)
+
+    net.guidance = True
+    net.num_classes = cond.num_classes
+    return net
+
+
 def fused(students, sources, lam):
     """Eq. 6 of the SSD paper while sampling (Fig. 4c): one network per node, for predictor().
 

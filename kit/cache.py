@@ -1,6 +1,7 @@
 """Arrays that are made on disk piece by piece, and the pool of samples of a model itself."""
 import json
 import os
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from kit import sampling
-from kit.cli import UserError
-from kit.processes import save_array, write_text
+from kit.cli import UserError, say
+from kit.processes import lock, save_array, write_text
 
 # ---- Arrays piece by piece ---------------------------------------------------------------------
 
@@ -104,6 +105,41 @@ def _move(pieces, c, f):
     pieces.piece(c).unlink()
 
 
+# ---- One job at a time -------------------------------------------------------------------------
+
+
+def make_once(proc, folder, is_made, make):
+    """Call make() on all ranks of this job unless is_made(), while no other job does.
+
+    Another job that does it already is waited for. Where that one ends without having made it, this
+    one goes on. folder: in which jobs agree; it is made here.
+    """
+    has_said = False
+    while proc.any(not is_made())[0]:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = try_lock(folder) if proc.is_main else None
+        if proc.any(held is not None)[0]:
+            try:
+                if proc.any(not is_made())[0]:  # not made since, before the lock was free
+                    make()
+            finally:
+                if held:
+                    held.close()
+            return
+        if not has_said:
+            say(proc, f"another job is making {folder}; waiting for it")
+            has_said = True
+        time.sleep(2)  # all ranks meet here again and again: no collective runs into its time limit
+
+
+def try_lock(folder):
+    """processes.lock(), or None where another process has it."""
+    try:
+        return lock(folder)
+    except UserError:
+        return None
+
+
 # ---- Synthetic data ----------------------------------------------------------------------------
 
 
@@ -113,36 +149,42 @@ def synthetic_pool(net, spec, proc, folder, num, options):
 
     net, spec  the network and its spec, as for sampling.sample_chunks
     folder     in which the pool's own folder is made
-    options    a sampling.SampleOptions with seed, nfe and cfg given, and nothing else
+    options    a sampling.SampleOptions with seed, nfe and cfg given, perhaps uncond and batch, and
+               nothing else
 
-    The pool is made once. All ranks write chunks into one (shared) folder as they are done, and a
-    run that breaks off is continued. The folder's name tells the weights (by their fingerprint) and
-    the options. Raises UserError.
+    The pool is made once, also when several jobs want it at the same time. All ranks write chunks
+    into one (shared) folder as they are done, and a run that breaks off is continued. The folder's
+    name tells the weights (by their fingerprint) and the options. Raises UserError.
     """
     seed, nfe, cfg = options.seed, options.nfe, options.cfg
-    name = f"synthetic-{fingerprint(net)}-{nfe}steps-cfg{cfg:g}-seed{seed}-{num}"
-    folder = Path(folder) / name
+    weights = fingerprint(net)
+    if options.uncond is not None:
+        weights += f"-{fingerprint(options.uncond)}"
+    folder = Path(folder) / f"synthetic-{weights}-{nfe}steps-cfg{cfg:g}-seed{seed}-{num}"
 
     def produce(todo):
         for first, x, _ in sampling.sample_chunks(net, spec, proc, num, options, todo,
                                                   "synthetic data"):
             yield first, x[:, None, None]  # neither mirror image nor standard deviation
 
-    if proc.any(not (folder / "meta.json").exists())[0]:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            latents = write_pieces(proc, folder, "latents", range(num), produce)
-            if proc.is_main:
-                os.replace(latents, folder / "latents.npy")
-                save_array(folder / "labels.npy", np.arange(num) % max(spec["classes"], 1))
-                meta = {"classes": spec["classes"], "scale": spec["scale"],
-                        "nfe": nfe, "cfg": cfg, "seed": seed}
-                write_text(folder / "meta.json", json.dumps(meta))
-        except OSError as e:
-            raise UserError(f"cannot write the synthetic data into {folder} ({e}); free some "
-                            "space, see that all machines share this folder, and repeat the "
-                            "command")
+    def is_made():
+        return (folder / "meta.json").exists()
+
+    def make():
+        latents = write_pieces(proc, folder, "latents", range(num), produce)
+        if proc.is_main:
+            os.replace(latents, folder / "latents.npy")
+            save_array(folder / "labels.npy", np.arange(num) % max(spec["classes"], 1))
+            meta = {"classes": spec["classes"], "scale": spec["scale"],
+                    "nfe": nfe, "cfg": cfg, "seed": seed}
+            write_text(folder / "meta.json", json.dumps(meta))
         proc.barrier()
+
+    try:
+        make_once(proc, folder, is_made, make)
+    except OSError as e:
+        raise UserError(f"cannot write the synthetic data into {folder} ({e}); free some space, "
+                        "see that all machines share this folder, and repeat the command")
     return folder
 
 

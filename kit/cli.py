@@ -64,7 +64,7 @@ def run_script(main, args):
     except SystemExit as e:
         code = e.code or 0
     except KeyboardInterrupt:
-        exit_with("interrupted; what was saved is whole, and a training command continues from it",
+        exit_with("interrupted; what was saved is whole, and the same command continues from it",
                   130)
     except (ValueError, OSError, RuntimeError, MemoryError) as e:
         line, code = explain(e)

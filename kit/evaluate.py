@@ -20,11 +20,12 @@ from kit.sampling import SampleOptions, sample_images, save_grid
 class Entry:
     """One row of the table.
 
-    net    a network as Processes.autocast() gives it, or any net(x, t, y)
-    spec   its description
-    nfe    evaluations per sample
-    cfg    scale of guidance; 1 is none
-    base   the network of all other steps, for a student of one step
+    net     a network as Processes.autocast() gives it, or any net(x, t, y)
+    spec    its description
+    nfe     evaluations per sample
+    cfg     scale of guidance; 1 is none
+    base    the network of all other steps, for a student of one step
+    uncond  the network without classes that guides this one, where it does not guide itself
     """
 
     net: Any
@@ -32,6 +33,7 @@ class Entry:
     nfe: int
     cfg: float
     base: Optional[Any] = None
+    uncond: Optional[Any] = None
 
 
 def measure_digits(images, labels, proc, features="digits-cnn"):
@@ -55,15 +57,17 @@ def measure_digits(images, labels, proc, features="digits-cnn"):
     return row
 
 
-def compare(entries, proc, num, seed, features="digits-cnn"):
+def compare(entries, proc, num, seed, features="digits-cnn", batch=None):
     """Sample every Entry of {name: Entry} from the same noise and labels.
 
+    batch: how many samples go through a network at once, as in SampleOptions.
     Returns ({name: measure_digits(...)}, {name: the first 40 images}), the same on every rank.
     """
     rows = {}
     images = {}
     for name, entry in entries.items():
-        options = SampleOptions(seed=seed, nfe=entry.nfe, cfg=entry.cfg, base=entry.base)
+        options = SampleOptions(seed=seed, nfe=entry.nfe, cfg=entry.cfg, base=entry.base,
+                                uncond=entry.uncond, batch=batch)
         x, y = sample_images(entry.net, entry.spec, proc, num, options, desc=name)
         rows[name] = measure_digits(x, y, proc, features)
         images[name] = x[:40]
@@ -84,7 +88,8 @@ def finish(args, proc, method, began, entries, **more):
     began     time.perf_counter() at the beginning of the script
     more      further keys of metrics.json
     """
-    rows, images = compare(entries, proc, args.eval_samples, args.seed)
+    batch = getattr(args, "sample_batch_size", None)
+    rows, images = compare(entries, proc, args.eval_samples, args.seed, batch=batch)
     if proc.is_main:
         out = Path(args.out)
         if entries:

@@ -11,6 +11,7 @@ Sources of images beside folders and .npz files: checkpoints of pixel models, an
 mnist, fashion-mnist and cifar10. The top of fid.py says what a network and a source are.
 """
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,11 +19,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import fid
-from kit import checkpoints, data
+from kit import checkpoints, data, sampling
 from kit.cli import UserError, cache_folder, user_errors
 from kit.download import local_first
 from kit.processes import Processes
-from kit.sampling import SampleOptions, sample_chunks
+from kit.sampling import SampleOptions
 
 # ---- Feature networks --------------------------------------------------------------------------
 
@@ -231,7 +232,8 @@ def open_source(path, args, num=None):
 
     path    digits, mnist, fashion-mnist, cifar10 (num None: all; else a random choice of so many),
             or the file of a checkpoint (num None: 50,000)
-    args    with seed for that choice; with nfe, cfg, seed for the samples of a checkpoint
+    args    with seed for that choice; with nfe, cfg, seed, labels, uncond, sample_batch_size for
+            the samples of a checkpoint
 
     Raises UserError.
     """
@@ -239,15 +241,17 @@ def open_source(path, args, num=None):
         dataset = data.load(path)
         x = dataset.x.permute(0, 2, 3, 1).numpy()
         return fid.images_from_array(path, x, dataset.y, num, args.seed)
-    options = SampleOptions(seed=args.seed, nfe=args.nfe, cfg=args.cfg)
-    return images_of_checkpoint(path, num or 50_000, options, Processes())
+    options = SampleOptions(seed=args.seed, nfe=args.nfe, cfg=args.cfg, labels=args.labels,
+                            batch=args.sample_batch_size)
+    return images_of_checkpoint(path, num or 50_000, options, Processes(), args.uncond)
 
 
-def images_of_checkpoint(path, num, options, proc):
+def images_of_checkpoint(path, num, options, proc, uncond=None):
     """`num` samples of the pixel model in a checkpoint of ours, made as they are measured.
 
-    options: SampleOptions. Returns fid.Images, whose labels are those the samples were made for.
-    Raises UserError, also while sampling.
+    options: SampleOptions. uncond: the checkpoint of the network that guides it, or None.
+    Returns fid.Images, whose labels are those the samples were made for. Raises UserError, also
+    while sampling.
     """
     if "format" not in checkpoints.read_file(path):
         raise UserError(f"{path} does not say how to sample it: do that with sample.py --model, "
@@ -256,18 +260,24 @@ def images_of_checkpoint(path, num, options, proc):
     if spec["scale"] is not None:
         raise UserError(f"{path} makes latents, not images: sample them, decode them with the "
                         "model's autoencoder, and give the images")
+    if uncond:
+        guiding = proc.autocast(proc.frozen(sampling.load_uncond(uncond, spec)))
+        options = replace(options, uncond=guiding)
+    options = sampling.settle_options(options, spec, net)  # now, not when images are asked for
     denoise = proc.autocast(proc.frozen(net))
 
     def batches(rank, world, size):
         # rank and world are those of proc, by which sample_chunks shares the chunks out.
-        for first, x, y in sample_chunks(denoise, spec, proc, num, options, desc=Path(path).name):
+        for first, x, y in sampling.sample_chunks(denoise, spec, proc, num, options,
+                                                  desc=Path(path).name):
             if not x.isfinite().all():
                 raise UserError(f"{path}: samples {first} to {first + len(x) - 1} are not finite; "
                                 "look at the checkpoint")
             for i in range(0, len(x), size):
                 yield first + i, data.to_uint8(x[i:i + size]), y[i:i + size]
 
-    nfe = (spec["nfe"] or 50) if options.nfe is None else options.nfe
-    cfg = spec["cfg"] if options.cfg is None else options.cfg
-    name = f"{path}, NFE {nfe}, guidance {cfg:g}, seed {options.seed}"
+    chosen = sampling.describe_labels(spec, options)
+    guided = f" with {uncond}" if uncond else ""
+    name = (f"{path}, NFE {options.nfe}, guidance {options.cfg:g}{guided}, seed {options.seed}"
+            f"{chosen}")
     return fid.Images(name, num, batches)

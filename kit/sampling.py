@@ -1,6 +1,7 @@
 """Samples of a network that its spec describes, chunk by chunk, and the picture of them."""
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -8,18 +9,33 @@ from typing import Any, Optional
 import torch
 from PIL import Image
 
-from kit.cli import UserError, user_errors
+import models
+from kit import checkpoints
+from kit.cli import UserError, cache_folder, user_errors
 from kit.data import to_uint8
 from kit.processes import generator, progress_bar
-from solvers import PROJECTIONS, fused, guide, make_schedule, predictor, sample, solver_grid
+from solvers import (
+    PROJECTIONS,
+    fused,
+    guide,
+    guide_with,
+    make_schedule,
+    predictor,
+    sample,
+    solver_grid,
+)
 
 # Samples are drawn in chunks of this many. Each chunk has its own seed, so that the samples are the
 # same on any number of processes.
 CHUNK = 250
 
-# The last entry of a random generator's key, for the two kinds of noise of a chunk.
+# A chunk goes through the network in slices, whose forward costs at most so many operations.
+SLICE_FLOPS = 16e12
+
+# The last entry of a random generator's key: what is drawn for a chunk.
 FIRST_STATE = 4
 FRESH_NOISE = 6
+RANDOM_LABELS = 7
 
 # These solvers evaluate a network at other times than the nodes, or fuse what several nodes know.
 NOT_FOR_ONE_STEP = ("plms", "dpm2", "fused", "heun")
@@ -33,12 +49,17 @@ class SampleOptions:
     nfe            evaluations of the network, as the solver counts them; without one in the spec 50
     cfg            scale of guidance, 1 is none
     solver         one of solvers.SOLVERS
-    label          all samples are of this class, or of this prompt; None takes all in turn
-    prompts        tensor or array (M, T, D) for a network conditioned on text: sample i takes
-                   row i % M
-    base           for a student of one step: the network of all other steps
-    features_from  for the solver "fused": the network whose features are fused, default: net
+    label          all samples are of this class, or of this prompt; None takes all
+    labels         "balanced" (or None): classes or prompts in turn; "random": drawn for each sample
+    prompts        tensor or array (M, T, D) for a network conditioned on text
+    base           for a student of one step: the network of all other steps; for the solver "fused"
+                   and a student that learned with its teacher's features: the teacher
+    features_from  for the solver "fused": the network whose features are fused. The default is what
+                   the student learned with: base, or the network itself
     lam            for the solver "fused": the weight of these features, in [0, 1]
+    uncond         a network without classes, which guides this one (solvers.guide_with)
+    batch          how many samples go through the network at once; None: see default_batch()
+    batch_flag     the flag that sets batch, for messages
     """
 
     seed: int = 0
@@ -46,10 +67,14 @@ class SampleOptions:
     cfg: Optional[float] = None
     solver: Optional[str] = None
     label: Optional[int] = None
+    labels: Optional[str] = None
     prompts: Optional[Any] = None
     base: Optional[Any] = None
     features_from: Optional[Any] = None
     lam: Optional[float] = None
+    uncond: Optional[Any] = None
+    batch: Optional[int] = None
+    batch_flag: str = "--sample-batch-size"
 
 
 # ---- Sampling ----------------------------------------------------------------------------------
@@ -63,15 +88,12 @@ def sample_chunks(net, spec, proc, num, options, todo=None, desc="sampling"):
     options     SampleOptions
     todo        todo(chunk) -> bool; chunks for which it is false are skipped
 
-    Labels are taken in turn: y = i % K for sample i. Raises UserError.
+    A chunk has the same noise and labels on any number of processes and for every options.batch.
+    Raises UserError.
     """
-    options = with_trained_values(options, spec)
-    _check_condition(spec, options.prompts)
+    options = settle_options(options, spec, net)
     schedule = make_schedule(spec["schedule"]).to(proc.device)
-    with user_errors():
-        grid = solver_grid(schedule, options.solver, options.nfe, spec["grid"])
-    _check_steps(spec, options, grid)
-
+    grid = solver_grid(schedule, options.solver, options.nfe, spec["grid"])
     nets = _networks_along(grid, net, spec, proc, options)
     project = PROJECTIONS[spec["threshold"]]
     solver = options.solver
@@ -81,18 +103,22 @@ def sample_chunks(net, spec, proc, num, options, todo=None, desc="sampling"):
         evaluations = len(nets)
 
     chunks = _chunks_of_rank(num, proc, todo)
-    total = len(chunks) * evaluations
+    total = evaluations * sum(len(_slices(c, num, options.batch)) for c in chunks)
     with progress_bar(proc, total, f"{desc} ({options.nfe} evaluations)") as progress:
         nets = [_count_calls(node_net, progress) for node_net in nets]
         for c in chunks:
-            y = _labels_of_chunk(c, num, spec, proc, options)
-            condition = _condition(y, proc, options.prompts)
-            predict = [predictor(node_net, condition, schedule, spec["prediction"], project)
-                       for node_net in nets]
+            y = labels_of_chunk(c, num, spec, options).to(proc.device)
             noise = _first_state(c, len(y), spec, proc, options.seed)
-            fresh = _noise_source(generator(proc.device, options.seed, c, FRESH_NOISE))
-            x = sample(predict, noise, schedule, grid, solver, fresh)
-            yield c * CHUNK, x, y
+            done = []
+            for rows in _slices(c, num, options.batch):
+                condition = _condition(y[rows], proc, options.prompts)
+                predict = [predictor(node_net, condition, schedule, spec["prediction"], project)
+                           for node_net in nets]
+                source = generator(proc.device, options.seed, c, FRESH_NOISE)
+                fresh = _noise_source(source, len(y), rows)
+                with memory_errors(options):
+                    done.append(sample(predict, noise[rows], schedule, grid, solver, fresh))
+            yield c * CHUNK, torch.cat(done), y
 
 
 def sample_images(net, spec, proc, num, options, desc="sampling"):
@@ -106,18 +132,123 @@ def sample_images(net, spec, proc, num, options, desc="sampling"):
     return proc.gather(images), proc.gather(labels)
 
 
-def with_trained_values(options, spec):
-    """The options with nfe, cfg and solver filled from the spec where they are None."""
-    trained = {"nfe": spec["nfe"] or 50, "cfg": spec["cfg"], "solver": spec["solver"]}
-    missing = {key: value for key, value in trained.items() if getattr(options, key) is None}
-    return replace(options, **missing)
+def default_batch(arch):
+    """How many samples go through a network at once: a power of two, or a whole chunk.
+
+    That follows from the network alone, so that samples are the same on every machine.
+    """
+    fit = SLICE_FLOPS / models.count(arch)[1]
+    return min(CHUNK, 2 ** max(0, math.floor(math.log2(fit))))
 
 
-def network_at_node(net, spec, t, cfg, base=None):
+@contextmanager
+def memory_errors(options):
+    """Turn running out of memory into a UserError that names the flag which helps."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        text = str(e)
+        if not isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)) \
+                and "can't allocate memory" not in text and "out of memory" not in text:
+            raise
+        if options.batch == 1:
+            raise UserError("out of memory: not even one sample at once fits; this network needs a "
+                            "larger machine")
+        raise UserError(f"out of memory: {options.batch} samples at once do not fit; give a "
+                        f"smaller {options.batch_flag} than {options.batch}")
+
+
+# ---- What goes together ------------------------------------------------------------------------
+
+
+def settle_options(options, spec, net=None):
+    """The options, complete: what is None and has a default is filled in, mostly from the spec.
+
+    net: the network itself, where it is there already. Raises UserError where the network cannot be
+    sampled so.
+    """
+    nfe = options.nfe if options.nfe is not None else spec["nfe"] or 50
+    cfg = options.cfg if options.cfg is not None else spec["cfg"]
+    if options.cfg is None and not _has_condition(spec):  # a default that has no effect there
+        cfg = 1.0
+    solver = options.solver or spec["solver"]
+    batch = options.batch if options.batch is not None else default_batch(spec["arch"])
+    if batch < 1:
+        raise UserError(f"{options.batch_flag} {batch}: must be positive")
+    options = replace(options, nfe=nfe, cfg=cfg, solver=solver, batch=batch)
+
+    _check_condition(spec, options)
+    check_guidance(spec, cfg, net, options.uncond)
+    schedule = make_schedule(spec["schedule"])
+    with user_errors():
+        grid = solver_grid(schedule, solver, nfe, spec["grid"])
+    _check_steps(spec, options, grid)
+    if solver == "fused" and options.features_from is None and spec.get("reading") == "teacher":
+        if options.base is None:
+            raise UserError("--solver fused: this student learned with the features of its base "
+                            "model; name that with --base")
+        options = replace(options, features_from=options.base)
+    return options
+
+
+def check_guidance(spec, cfg, net=None, uncond=None):
+    """Raise UserError where a network cannot be guided with the scale cfg, 1 being none.
+
+    net: the network itself, where it is there already. uncond: the one that guides it, or None.
+    """
+    inner = getattr(net, "net", net)
+    if spec["arch"].get("guidance") or getattr(inner, "guidance", False):
+        if uncond is not None:
+            raise UserError("--uncond has no effect for a network that takes the scale of guidance "
+                            "as an input; leave it out")
+        low, high = spec.get("w") or (-math.inf, math.inf)
+        if not low <= cfg <= high:
+            raise UserError(f"--cfg {cfg:g}: this network takes the scale of guidance as an input "
+                            f"and has learned {low:g} to {high:g}; choose one between them")
+    elif cfg == 1:
+        if uncond is not None:
+            raise UserError("--uncond has no effect without guidance (--cfg 1); leave it out, or "
+                            "give another --cfg")
+    elif not _has_condition(spec):
+        raise UserError(f"--cfg {cfg:g}: this network has neither classes nor prompts, without "
+                        "which there is no guidance; leave it out")
+    elif uncond is None and not spec.get("knows_null", True):
+        raise UserError(f"--cfg {cfg:g}: this network has not learned the null label and cannot "
+                        "guide itself; give --cfg 1, or to sample.py and fid.py also the network "
+                        "that guides it, with --uncond")
+
+
+def load_uncond(path, spec):
+    """The network of --uncond -> on the CPU. It is like the one of `spec` that it guides, but
+    without classes. Raises UserError.
+
+    path: a checkpoint's path or URL, or the name of a released DDPM++.
+    """
+    if not spec["classes"]:
+        raise UserError("--uncond has no effect for a model without classes; leave it out")
+    if path.startswith("DDPM++"):
+        path = checkpoints.upstream_checkpoint(path, None, cache_folder())
+    net, other = checkpoints.load_model(path)
+    is_alike = all(other[key] == spec[key] for key in ("prediction", "schedule", "scale"))
+    for key in ("in_channels", "input_size"):
+        is_alike &= other["arch"][key] == spec["arch"][key]
+    if not is_alike or _has_condition(other):
+        raise UserError(f"--uncond {path}: must be like the network that it guides (prediction, "
+                        "schedule, scale and shape), but without classes")
+    return net
+
+
+def _has_condition(spec):
+    """Does the network take classes or prompts?"""
+    return bool(spec["classes"]) or spec["arch"].get("context") == "text"
+
+
+def network_at_node(net, spec, t, cfg, base=None, uncond=None):
     """The network that is evaluated at node t.
 
-    It is guided where guidance acts (spec["cfg_interval"]). It is the base model where a student
-    of one step was not trained (spec["only_node"]); UserError where `base` is missing then.
+    It is guided where guidance acts (spec["cfg_interval"]), by `uncond` where that is given. It is
+    the base model where a student of one step was not trained (spec["only_node"]); UserError where
+    `base` is missing then.
     """
     only_node = spec.get("only_node")
     if only_node is not None and only_node != t:
@@ -127,12 +258,19 @@ def network_at_node(net, spec, t, cfg, base=None):
         net = base
     low, high = spec.get("cfg_interval") or (-1, math.inf)
     scale = cfg if low <= t <= high else 1.0
+    if uncond is not None and scale != 1:
+        net = guide_with(net, uncond)
     return guide(net, scale, null=spec.get("null"))
 
 
-def _check_condition(spec, prompts):
-    """Do the prompts, or None, go with the network?"""
+def _check_condition(spec, options):
+    """Do labels and prompts, or None, go with the network?"""
     arch = spec["arch"]
+    prompts = options.prompts
+    if options.labels and not _has_condition(spec):
+        raise UserError("--labels has no effect for a model without classes; leave it out")
+    if options.labels and options.label is not None:
+        raise UserError("--labels has no effect beside --label; leave it out")
     on_text = arch.get("context") == "text"
     if on_text and prompts is None:
         raise UserError("this model is conditioned on text: it needs prompts "
@@ -160,13 +298,16 @@ def _check_steps(spec, options, grid):
     if spec.get("cfg_interval") and options.cfg != 1 and options.solver == "fused":
         raise UserError("--solver fused: this model is guided at some of its steps only, whose "
                         "features do not fit together; give --cfg 1")
+    if options.solver == "fused" and options.uncond is not None:
+        raise UserError("--uncond has no features for --solver fused; leave one of them out")
 
 
 def _networks_along(grid, net, spec, proc, options):
     """One network per node of the grid."""
     if spec.get("null") is not None:
         spec = {**spec, "null": spec["null"].to(proc.device)}
-    nets = [network_at_node(net, spec, t, options.cfg, options.base) for t in grid[:-1]]
+    nets = [network_at_node(net, spec, t, options.cfg, options.base, options.uncond)
+            for t in grid[:-1]]
     if options.solver != "fused":
         return nets
     source = net if options.features_from is None else options.features_from
@@ -190,14 +331,36 @@ def _count_calls(net, progress):
     return counted
 
 
-def _labels_of_chunk(c, num, spec, proc, options):
-    """(n,) long: labels, or for a network conditioned on text the rows of the prompts."""
+def _slices(c, num, batch):
+    """The rows of chunk c that go through the network at once, slice after slice."""
+    n = min(CHUNK, num - c * CHUNK)
+    return [slice(i, min(i + batch, n)) for i in range(0, n, batch)]
+
+
+def labels_of_chunk(c, num, spec, options):
+    """(n,) long, on the CPU: labels, or for a network conditioned on text the rows of the prompts.
+
+    Balanced labels are y = i % K for sample i. Random ones depend on (seed, chunk) alone.
+    """
     first = c * CHUNK
     n = min(CHUNK, num - first)
     if options.label is not None:
-        return torch.full((n,), options.label, device=proc.device)
+        return torch.full((n,), options.label)
     count = spec["classes"] if options.prompts is None else len(options.prompts)
-    return torch.arange(first, first + n, device=proc.device) % max(count, 1)
+    if options.labels == "random":
+        rng = generator("cpu", options.seed, c, RANDOM_LABELS)
+        return torch.randint(count, (CHUNK,), generator=rng)[:n]
+    return torch.arange(first, first + n) % max(count, 1)
+
+
+def describe_labels(spec, options):
+    """How the labels were chosen, for a line of output; "" for a model without them."""
+    if not _has_condition(spec):
+        return ""
+    what = "label" if options.prompts is None else "prompt"
+    if options.label is not None:
+        return f", {what} {options.label}"
+    return f", {what}s {options.labels or 'balanced'}"
 
 
 def _condition(y, proc, prompts):
@@ -216,10 +379,11 @@ def _first_state(c, n, spec, proc, seed):
                        generator=generator(proc.device, seed, c, FIRST_STATE))
 
 
-def _noise_source(source):
-    """noise(x) ~ N(0, I) in the shape of x, float32, from a torch.Generator."""
+def _noise_source(source, n, rows):
+    """noise(x) ~ N(0, I) in the shape of x, float32, from a torch.Generator: the rows x of what is
+    drawn for a chunk of n samples."""
     def noise(x):
-        return torch.randn(x.shape, generator=source, device=x.device)
+        return torch.randn(n, *x.shape[1:], generator=source, device=x.device)[rows]
 
     return noise
 

@@ -240,7 +240,8 @@ def test_samples_take_prompts_in_turn(extra):
     prompts = torch.arange(3.).view(3, 1, 1).expand(3, 5, 3)
 
     def samples(prompts, spec=spec):
-        return list(sample_chunks(net, spec, proc, 7, SampleOptions(seed=0, prompts=prompts)))
+        options = SampleOptions(seed=0, prompts=prompts, batch=3)
+        return list(sample_chunks(net, spec, proc, 7, options))
 
     chunks = samples(prompts)
     assert torch.cat([y for _, _, y in chunks]).tolist() == [0, 1, 2, 0, 1, 2, 0]
@@ -249,7 +250,7 @@ def test_samples_take_prompts_in_turn(extra):
     for (i, x, _), (j, z, _) in zip(chunks, samples(prompts.half().numpy())):
         assert i == j
         assert torch.equal(x, z)
-    x, y = sample_images(net, spec, proc, 3, SampleOptions(seed=0, prompts=prompts))
+    x, y = sample_images(net, spec, proc, 3, SampleOptions(seed=0, prompts=prompts, batch=3))
     assert x.shape == (3, 4, 8, 8)
     assert y.tolist() == [0, 1, 2]
     with pytest.raises(UserError, match="it needs prompts"):
