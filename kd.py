@@ -51,7 +51,7 @@ import torch
 
 import models
 import train
-from kit import checkpoints, data, download
+from kit import checkpoints, data
 from kit.base import (
     apply_method_defaults,
     can_drop,
@@ -67,7 +67,6 @@ from kit.cli import (
     add_base_arguments,
     add_data_arguments,
     add_run_arguments,
-    cache_folder,
     check_positive,
     make_parser,
     refuse_without_effect,
@@ -85,22 +84,10 @@ from kit.plan import (
 )
 from kit.processes import Processes
 from kit.run import EMA, Run, adamw, set_lr
-from solvers import add_noise, column, from_x0_eps, guide, make_schedule, solver_grid
+from kit.sampling import check_uncond, load_uncond
+from solvers import add_noise, from_x0_eps, guide, guide_with, make_schedule, solver_grid
 
 # ---- Method ------------------------------------------------------------------------------------
-
-
-def combine_teachers(cond, uncond):
-    """Eq. 4 with two networks -> net(x, t, y, w), as a network that takes the scale w (B,) as an
-    input: 1 + the paper's, 1 is no guidance."""
-    def net(x, t, y, w):
-        C = x.shape[1]
-        w = column(w, x)
-        null = torch.full_like(y, uncond.num_classes)
-        return w * cond(x, t, y)[:, :C] - (w - 1) * uncond(x, t, null)[:, :C]      # (B, C, H, W)
-    net.guidance = True
-    net.num_classes = cond.num_classes
-    return net
 
 
 def kd_loss(student, teacher, schedule, x0, y, t, noise, w=None,  # noqa: PLR0913
@@ -169,10 +156,11 @@ def main(args):
     before = proc.autocast(proc.frozen(base, args))
     teacher = before
     if args.uncond:
-        uncond = proc.frozen(load_uncond(args, base_spec), args)
-        teacher = combine_teachers(before, proc.autocast(uncond))
+        uncond = proc.frozen(load_uncond(args.uncond, base_spec), args)
+        teacher = guide_with(before, proc.autocast(uncond))                # Eq. 4
         both = [*base.parameters(), *uncond.parameters()]
         teacher.parameters = both.copy  # of which a pool of samples takes the fingerprint
+        base_spec["knows_null"] = True  # as a pair they can be guided
 
     if not train_student(args, proc, base_spec, arch, teacher, teacher):
         return print_finished(args, proc)
@@ -269,26 +257,6 @@ def load_student(proc, out):
     """A finished student -> (network, spec)."""
     net, spec = checkpoints.load_model(f"{out}/last.pt")
     return proc.autocast(proc.frozen(net)), spec
-
-
-def load_uncond(args, spec):
-    """The second network of Eq. 4, which knows no classes. Raises UserError."""
-    path = args.uncond
-    if path.startswith("DDPM++"):
-        path = checkpoints.upstream_checkpoint(path, None, cache_folder())
-    elif "://" in path:
-        path = download.fetch(path, cache_folder(), check=checkpoints.load_model, flag="--uncond")
-    net, other = checkpoints.load_model(path)
-    check_uncond(args, other, spec)
-    return net
-
-
-def check_uncond(args, other, spec):
-    """Raise UserError where --uncond, which is `other`, does not go with the teacher."""
-    is_alike = all(other[k] == spec[k] for k in ("prediction", "schedule", "scale"))
-    is_alike &= all(other["arch"][k] == spec["arch"][k] for k in ("in_channels", "input_size"))
-    if other["classes"] or not is_alike:
-        raise UserError(f"--uncond {args.uncond}: must be like the teacher, but without classes")
 
 
 def describe_uncond(args):
@@ -434,7 +402,7 @@ def check_teacher(args, spec):
         return
     other = args.uncond and describe_uncond(args)
     if other:
-        check_uncond(args, other, spec)
+        check_uncond(args.uncond, other, spec)
     low, high = args.w
     is_range = 1 <= low <= high < math.inf
     if not is_range or not spec["classes"] or args.alpha or args.drop:

@@ -59,6 +59,8 @@ def parser():
                        help="DiT-XL/2, ...: for files that do not say what they are")
     group.add_argument("--image-size", type=int, choices=[256, 512],
                        help="with --model: of the images that the network was made for")
+    group.add_argument("--classes", type=int,
+                       help="their number, where the checkpoint does not tell it")
     group.add_argument("--base", metavar="PATH",
                        help="the base model of a student: for one of one step (--only-step), whose "
                             "other steps it makes, and for --solver fused, whose features are its")
@@ -112,7 +114,7 @@ LARGEST_GRID = 2000
 
 def check_flags(args):
     """What can be said before a file is read. Raises UserError."""
-    cli.check_positive(args, "num_samples", "batch_size")
+    cli.check_positive(args, "num_samples", "batch_size", "classes")
     cli.check_cfg(args.cfg)
     if args.solver != "fused":
         cli.refuse_without_effect(args, "lam", "without --solver fused")
@@ -179,13 +181,13 @@ def check_effects(args, ckpts):
     """Raise UserError for flags that have no effect for any of the models."""
     specs = []
     for ckpt in ckpts:
-        file = checkpoints.local_path(ckpt, args.model, args.image_size)
+        file = checkpoints.local_path(ckpt, args.model, args.image_size, args.classes)
         specs.append(checkpoints.describe(file, *name_for(file, args)))
     if not any(needs_base(spec, args) for spec in specs):
         cli.refuse_without_effect(args, "base", "for a model that makes all steps itself")
     files = [*ckpts, args.base] if args.base else ckpts
     if not any(name_for(file, args) for file in files):
-        cli.refuse_without_effect(args, "model image_size", "for a file that says what it is")
+        cli.refuse_without_effect(args, "model image_size classes", "for a file that tells them")
     if not any(spec["scale"] for spec in specs):
         cli.refuse_without_effect(args, "decode", "for a model that makes images itself")
     if not args.prompts and not any(spec["classes"] for spec in specs):
@@ -193,9 +195,10 @@ def check_effects(args, ckpts):
 
 
 def name_for(file, args):
-    """--model and --image-size for a file that does not say what it is; () for one that does."""
-    file = checkpoints.local_path(file, args.model, args.image_size)
-    return () if "format" in checkpoints.read_file(file) else (args.model, args.image_size)
+    """--model, --image-size, --classes for a file that does not tell them; () for one that does."""
+    file = checkpoints.local_path(file, args.model, args.image_size, args.classes)
+    is_told = "format" in checkpoints.read_file(file)
+    return () if is_told else (args.model, args.image_size, args.classes)
 
 
 def needs_base(spec, args):

@@ -201,7 +201,7 @@ def main(args, objective=diffusion_loss, method="train", quiet=False):
 def new_network(args, spec):
     """The network to train: --ckpt's weights, or random ones."""
     if args.ckpt:
-        return checkpoints.load_model(args.ckpt, args.model, args.image_size)[0]
+        return checkpoints.load_model(args.ckpt, *base.naming(args))[0]
     torch.manual_seed(args.seed)
     net = models.build(spec["arch"])
     if isinstance(net, models.DiT):

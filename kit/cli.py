@@ -225,7 +225,7 @@ def add_data_arguments(parser, data, default=None):
     group = parser.add_argument_group("data")
     group.add_argument("--data", default=default, help=data)
     group.add_argument("--classes", type=int,
-                       help="number of classes, where neither an .npz nor a checkpoint tells it")
+                       help="number of classes, where an .npz or --ckpt does not tell it")
     group.add_argument("--trust-labels", action="store_true",
                        help="label i of the data is the network's class i; else labels are "
                             "matched by the classes' names, and fewer classes than the network "

@@ -226,16 +226,22 @@ def load_uncond(path, spec):
     """
     if not spec["classes"]:
         raise UserError("--uncond has no effect for a model without classes; leave it out")
+    file = path
     if path.startswith("DDPM++"):
-        path = checkpoints.upstream_checkpoint(path, None, cache_folder())
-    net, other = checkpoints.load_model(path)
+        file = checkpoints.upstream_checkpoint(path, None, cache_folder())
+    net, other = checkpoints.load_model(file)
+    check_uncond(path, other, spec)
+    return net
+
+
+def check_uncond(path, other, spec):
+    """Raise UserError where --uncond, which is `other`, cannot guide the network of `spec`."""
     is_alike = all(other[key] == spec[key] for key in ("prediction", "schedule", "scale"))
     for key in ("in_channels", "input_size"):
         is_alike &= other["arch"][key] == spec["arch"][key]
     if not is_alike or _has_condition(other):
         raise UserError(f"--uncond {path}: must be like the network that it guides (prediction, "
                         "schedule, scale and shape), but without classes")
-    return net
 
 
 def _has_condition(spec):

@@ -5,7 +5,15 @@ from toys import SmoothInLogTime, noised_batch
 
 import kd
 import train
-from solvers import SIGMA_DATA, add_noise, from_x0_eps, guide, make_schedule, to_x0_eps
+from solvers import (
+    SIGMA_DATA,
+    add_noise,
+    from_x0_eps,
+    guide,
+    guide_with,
+    make_schedule,
+    to_x0_eps,
+)
 
 S = make_schedule("edm")
 
@@ -74,7 +82,7 @@ def test_equation_6_in_the_papers_terms(batch):
     cond = denoised(teacher, x0, y, t, noise)
     null = denoised(uncond, x0, torch.zeros_like(y), t, noise)
     own_null = denoised(teacher, x0, torch.full_like(y, 10), t, noise)
-    both = kd.combine_teachers(teacher, uncond)
+    both = guide_with(teacher, uncond)
     for source, without in ((both, null), (teacher, own_null)):
         target = column * cond - (column - 1) * without
         eq6 = weighted(t, D - target, D - target)
@@ -98,7 +106,7 @@ def test_gradients_and_evaluations(batch):
     taking = SmoothInLogTime(guidance=True)
     guide(taking, 1.5)(x0, t, y)
     assert len(taking.calls) == 1
-    pair = kd.combine_teachers(SmoothInLogTime(), SmoothInLogTime())
+    pair = guide_with(SmoothInLogTime(), SmoothInLogTime())
     unguided = guide(pair, 1.0)(x0, t, y)
     torch.testing.assert_close(unguided, SmoothInLogTime()(x0, t, y))
 

@@ -144,7 +144,7 @@ def losses_of(space, script, student, teacher):
     elif script == "kd":
         yield space["kd_loss"](student, teacher, SCHEDULE, x0, y, t, noise, prediction="eps",
                                alpha=0.5)
-        both = space["combine_teachers"](teacher, teacher)
+        both = space["guide_with"](teacher, teacher)
         yield space["kd_loss"](student, both, SCHEDULE, x0, y, t, noise, w, prediction="eps")
     else:
         yield space["diffusion_loss"](student, SCHEDULE, x0, y, t, noise)
