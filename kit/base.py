@@ -140,6 +140,8 @@ def refuse_for_the_base(args, spec):
     tells_its_size = spec["method"] is not None or (args.ckpt and spec["prediction"] == "edm")
     if tells_its_size:
         refuse_without_effect(args, "image_size", "with a network that tells its own size")
+        if not (args.data or "").endswith(".npz"):
+            refuse_without_effect(args, "classes", "with a network that tells its own classes")
     if not has_condition(spec):
         refuse_without_effect(args, "cfg guided w drop", "with a model without classes")
     if not spec["classes"]:

@@ -505,6 +505,10 @@ def _differences(own, weights):
 # ---- What a checkpoint is ----------------------------------------------------------------------
 
 
+class Undecided(UserError):
+    """The file is fine, and does not tell something that a flag can say."""
+
+
 @user_errors()
 def describe(ckpt, name=None, image_size=None, classes=None):
     """The spec of a checkpoint: what it is, without its weights.
@@ -543,7 +547,7 @@ def _describe(ckpt, held, name, image_size, classes):
     if not name and is_model_name(str(said.get("model"))):
         name = said["model"]
     if not name:
-        raise UserError(f"checkpoint {ckpt} does not say what it is; name it with --model, "
+        raise Undecided(f"checkpoint {ckpt} does not say what it is; name it with --model, "
                         "for example DiT-XL/2")
     if held and not weights:  # only a list of parameters: any network of the name knows their names
         some = build_without_memory(make_arch(name, 64, 4, 1000, learn_sigma=True))
@@ -624,11 +628,11 @@ def _count_labels(ckpt, arch, weights, said, classes):
         fitting = [p for p in fitting if p[1] == (dropout > 0)]
     if len(fitting) != 1:
         fitting = [p for p in possible if p[0] == classes]
-    if not fitting and rows in (1, 1001):  # unconditional, ImageNet
+    if not fitting and rows % 10 == 1:  # 1: unconditional; 11, 101, 1001: round numbers and null
         fitting = possible[:1]
     if not fitting:
         given = "" if classes is None else f", and --classes {classes} fits neither"
-        raise UserError(f"checkpoint {ckpt}: its table of labels has {rows} rows, and it does not "
+        raise Undecided(f"checkpoint {ckpt}: its table of labels has {rows} rows, and it does not "
                         f"say whether the last one is the null label{given}; give --classes {rows} "
                         f"if it is a class, --classes {rows - 1} if it is the null label")
     arch["num_classes"], has_null = fitting[0]
@@ -653,7 +657,7 @@ def _input_side(ckpt, image_size, weights, said):
     if weights and "pos_embed" not in weights and not image_size:
         image_size = said.get("image_size") or said.get("resolution")
         if not isinstance(image_size, int):
-            raise UserError(f"checkpoint {ckpt}: has no pos_embed, so that nothing tells the size "
+            raise Undecided(f"checkpoint {ckpt}: has no pos_embed, so that nothing tells the size "
                             "of its images; give --image-size, for example 256")
     return (image_size or 256) // 8
 
@@ -776,7 +780,11 @@ def local_path(path, name=None, image_size=None, classes=None):
 
 
 def _fetch_model(url, name, image_size, folder, classes=None):
-    """Download a checkpoint, which counts only when the network can be loaded from it."""
+    """Download a checkpoint, which counts only when the network can be loaded from it, or when the
+    user has only to say more about it."""
     def check(path):
-        load_model(path, name, image_size, classes)
+        try:
+            load_model(path, name, image_size, classes)
+        except Undecided:  # it is asked for when the file has its name
+            pass
     return fetch(url, folder, check)

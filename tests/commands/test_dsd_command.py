@@ -185,7 +185,8 @@ def test_the_student_is_sampled_as_it_was_trained(tmp_path, ckpt, whole, monkeyp
         for nfe in (None, 2, 5):
             options = sampling.SampleOptions(nfe=nfe)
             sampling.sample_images(proc.autocast(net), spec, proc, 2, options)
-    assert grids == [make_grid("uniform", n) for n in (4, 2, 5)]
+    used = list(dict.fromkeys(map(tuple, grids)))  # a grid may be asked for more than once
+    assert used == [tuple(make_grid("uniform", n)) for n in (4, 2, 5)]
 
     done = inside("issd.py", "--ckpt", whole / "last.pt", "--out", tmp_path / "issd",
                   *"--nfe 6 --steps 2 --batch-size 4 --eval-samples 0 --data digits".split())

@@ -148,7 +148,9 @@ def prompts(tmp_path):
     g = np.random.default_rng(0)
     folder = tmp_path / "cache"
     folder.mkdir()
-    np.save(folder / "latents.npy", g.standard_normal((12, 2, 2, 4, 8, 8)).astype(np.float16))
+    x = g.standard_normal((12, 2, 2, 4, 8, 8)).astype(np.float16)
+    x[:, :, 1] = abs(x[:, :, 1])  # standard deviations
+    np.save(folder / "latents.npy", x)
     np.save(folder / "labels.npy", np.arange(12) % 5)
     np.save(folder / "embeddings.npy", g.standard_normal((5, 7, 12)).astype(np.float16))
     np.save(folder / "null.npy", g.standard_normal((1, 7, 12)).astype(np.float16))

@@ -122,7 +122,7 @@ def test_what_kd_refuses(fails, ckpt, with_w):
     assert "of at least 1 in their order" in call("--w", 4, 1)
     assert "of at least 1" in call("--w", 0, 3)
     assert "say how far with --w" in call("--uncond", ckpt)
-    assert "must be like the teacher" in call("--w", 1, 4, "--uncond", ckpt)
+    assert "must be like the network that it guides" in call("--w", 1, 4, "--uncond", ckpt)
     assert "must be positive" in call("--half-life", 0)
     assert "give --ckpt a whole one" in call(ckpt=with_w)
 
