@@ -59,7 +59,8 @@ def test_slices_make_the_same_samples(solver, strong, monkeypatch):
     """Also the stochastic solvers, those that remember, and EDM's with states in float64."""
     monkeypatch.setattr(sampling, "CHUNK", 8)
     net = digits_net() if solver == "edm" else strong
-    spec = spec_of(net, **(checkpoints.EDM_SPEC if solver == "edm" else flow(solver)))
+    edm = {**checkpoints.EDM_SPEC, "knows_null": True}
+    spec = spec_of(net, **(edm if solver == "edm" else flow(solver)))
     options = dict(seed=1, nfe=3, cfg=2, lam=0.3)
     options["solver"] = "heun" if solver == "edm" else solver
     whole, y = draw(net, spec, 9, batch=250, **options)

@@ -17,8 +17,8 @@ def files(tmp_path_factory, tiny):
     def save(file, net, **changes):
         torch.save(checkpoint(net, **changes), folder / file)
 
-    edm = {**EDM_SPEC, "name": "DDPM++-8x1"}
-    save("edm.pt", digits_net(), knows_null=False, **edm)
+    edm = {**EDM_SPEC, "name": "DDPM++-8x1", "knows_null": False}
+    save("edm.pt", digits_net(), **edm)
     save("free.pt", digits_net(num_classes=0), classes=0, **edm)
     scaled = models.fill_random(models.with_guidance(tiny))
     save("scaled.pt", scaled, w=[1.0, 4.0], cfg=2.0)
