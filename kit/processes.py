@@ -6,6 +6,7 @@ CPU, nccl on GPUs).
 import ctypes
 import os
 import platform
+import shutil
 import sys
 from contextlib import nullcontext, suppress
 from datetime import timedelta
@@ -320,6 +321,16 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
+def why_not_written(error, folder):
+    """The reason for an error while writing a file into the folder, in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # torch's writer tells an internal address, numpy's a number, and neither that the disk is full.
+    if shutil.disk_usage(folder).free < 2 ** 20:
+        return "the disk is full"
+    return str(error).splitlines()[0][:80]
+
+
 def save_array(path, x):
     """Write an .npy file atomically."""
     part = path.with_suffix(".tmp")
@@ -330,8 +341,9 @@ def save_array(path, x):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
+        reason = why_not_written(e, part.parent)
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({e.strerror or e}); what is there already is kept: "
+        raise UserError(f"cannot write {path} ({reason}); what is there already is kept: "
                         "free some space and repeat the command")
 
 

@@ -12,7 +12,6 @@ for the pictures of --sample-every alone.
 """
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -26,7 +25,7 @@ from tqdm import tqdm
 import models
 from kit.cli import UserError, flag, say
 from kit.data import what_changed
-from kit.processes import StepRandom, lock, progress_bar, write_text
+from kit.processes import StepRandom, lock, progress_bar, why_not_written, write_text
 from kit.sampling import SampleOptions, sample_images, save_grid
 
 # ---- Optimisation ------------------------------------------------------------------------------
@@ -315,7 +314,8 @@ class Run:
         net = net.to_empty(device="cpu")
         net.load_state_dict(self.weights()["ema"])
         denoise = self.proc.autocast(self.proc.frozen(net))
-        options = SampleOptions(seed=self.args.seed, base=self.base)
+        options = SampleOptions(seed=self.args.seed, base=self.base,
+                                batch=self.args.sample_batch_size)
         images, _ = sample_images(denoise, self.spec, self.proc, 40, options,
                                   desc=f"samples after step {self.step}")
         if self.proc.is_main:
@@ -559,16 +559,6 @@ def is_same_path(value, before, real):
     if not isinstance(value, str) or not isinstance(before, str) or not os.path.exists(value):
         return False
     return os.path.realpath(value) in (real, os.path.realpath(before))
-
-
-def why_not_written(error, folder):
-    """The reason for an error while writing a file into the folder, in a few words."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    # torch's own writer tells an internal address, and not that the disk is full.
-    if shutil.disk_usage(folder).free < 2 ** 20:
-        return "the disk is full"
-    return str(error).splitlines()[0][:80]
 
 
 def write_checkpoint(path, held):

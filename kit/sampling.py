@@ -91,9 +91,8 @@ def sample_chunks(net, spec, proc, num, options, todo=None, desc="sampling"):
     A chunk has the same noise and labels on any number of processes and for every options.batch.
     Raises UserError.
     """
-    options = settle_options(options, spec, net)
+    options, grid = _settle(options, spec, net)
     schedule = make_schedule(spec["schedule"]).to(proc.device)
-    grid = solver_grid(schedule, options.solver, options.nfe, spec["grid"])
     nets = _networks_along(grid, net, spec, proc, options)
     project = PROJECTIONS[spec["threshold"]]
     solver = options.solver
@@ -167,6 +166,12 @@ def settle_options(options, spec, net=None):
     net: the network itself, where it is there already. Raises UserError where the network cannot be
     sampled so.
     """
+    options, _ = _settle(options, spec, net)
+    return options
+
+
+def _settle(options, spec, net):
+    """-> (settle_options(), the grid)."""
     nfe = options.nfe if options.nfe is not None else spec["nfe"] or 50
     cfg = options.cfg if options.cfg is not None else spec["cfg"]
     if options.cfg is None and not _has_condition(spec):  # a default that has no effect there
@@ -188,7 +193,7 @@ def settle_options(options, spec, net=None):
             raise UserError("--solver fused: this student learned with the features of its base "
                             "model; name that with --base")
         options = replace(options, features_from=options.base)
-    return options
+    return options, grid
 
 
 def check_guidance(spec, cfg, net=None, uncond=None):

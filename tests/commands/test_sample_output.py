@@ -165,7 +165,6 @@ def test_a_finished_file_is_replaced_by_a_whole_one(tmp_path, ckpt, small_chunks
     (["--solver", "dpm++"], "with --solver ddim, now it is dpm"),
     (["--label", 3], "without --label, now it is 3"),
     (["--labels", "random"], "with --labels balanced, now it is random"),
-    (["--batch-size", 3], "with --batch-size 4, now it is 3"),
     (["--ckpt", "other"], "with another --ckpt"),
 ])
 def test_other_settings_do_not_continue(name, words, message, tmp_path, ckpt, tiny, small_chunks,

@@ -2,6 +2,7 @@
 
 Equations are tested elsewhere."""
 import os
+import shutil
 import types
 
 import numpy as np
@@ -296,7 +297,7 @@ def test_a_full_disk(tmp_path, monkeypatch, free, error, message):
     def save(*_):
         raise error
     monkeypatch.setattr(torch, "save", save)
-    monkeypatch.setattr(kit_run.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free))
     with pytest.raises(UserError, match=message):
         kit_run.write_checkpoint(tmp_path / "last.pt", {"model": {}})
     assert not list(tmp_path.iterdir())

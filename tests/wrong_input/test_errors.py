@@ -218,8 +218,7 @@ def test_checkpoints(fails, tmp_path, tiny, ckpt):
     assert "damaged" in fails("issd", *quick("cut.safetensors"))
     torch.save(tiny.state_dict(), tmp_path / "raw.pt")
     assert "name it with --model" in fails("issd", *quick("raw.pt"))
-    assert "--classes 11 if it is a class" in fails("issd", *quick("raw.pt"), "--model", "DiT-S/8")
-    said = fails("issd", *quick("raw.pt"), "--model", "DiT-S/8", "--classes", 10)
+    said = fails("issd", *quick("raw.pt"), "--model", "DiT-S/8")
     assert "does not fit the network (missing" in said
     said = fails("issd", *quick(ckpt), "--model", "DiT-S/2")
     assert "holds DiT-Ti/2, not --model DiT-S/2" in said

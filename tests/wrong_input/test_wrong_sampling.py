@@ -17,7 +17,7 @@ def files(tmp_path_factory, tiny):
     def save(file, net, **changes):
         torch.save(checkpoint(net, **changes), folder / file)
 
-    edm = {**EDM_SPEC, "name": "DDPM++-8x1"}
+    edm = {**EDM_SPEC, "name": "DDPM++-8x1", "knows_null": False}
     save("edm.pt", digits_net(), **edm)
     save("free.pt", digits_net(num_classes=0), classes=0, **edm)
     scaled = models.fill_random(models.with_guidance(tiny))
@@ -70,7 +70,7 @@ def test_guidance_and_labels_in_both_scripts(words, message, files, tmp_path):
     ("issd.pt --base ours.pt", "--base has no effect"),
     ("ours.pt --solver fused --lam 0.1 --nfe 3 --base ours.pt", "--base has no effect"),
     ("issd.pt --solver fused --lam 0.1 --nfe 3", "name that with --base"),
-    ("ours.pt --model DiT-Ti/2", "--model has no effect for a file that says what it is"),
+    ("ours.pt --model DiT-Ti/2", "--model has no effect for a file that tells them"),
     ("ours.pt --model DiT-XL/2", "--model has no effect"),
     ("ours.pt --image-size 256", "--image-size has no effect"),
     ("ours.pt --decode vae", "--decode has no effect for a model that makes images itself"),
