@@ -1344,12 +1344,22 @@ def start_process():
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     if not cuda:
         return torch.device("cpu")
+    device = torch.device("cuda", choose_gpu())
+    torch.cuda.set_device(device)
+    return device
+
+
+def choose_gpu():
+    """The index of this process's GPU: its local rank, or 0 where each task sees its own GPU alone.
+    Raises ValueError where two processes would share one."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count()
-    if local_rank >= gpus:
-        raise ValueError(f"--nproc_per_node is larger than this machine's {gpus} GPUs")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    index = 0 if gpus == 1 else local_rank
+    seen = gather_objects((platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES"), index))
+    if index >= gpus or len(set(seen)) < len(seen):
+        raise ValueError("--nproc_per_node is larger than this machine's number of GPUs, "
+                         f"{gpus}; start as many processes as there are GPUs")
+    return index
 
 
 def sum_over_ranks(tensor):
@@ -1709,6 +1719,8 @@ def make_reference(args, device):
 class Parser(argparse.ArgumentParser):
     """Its arguments have `given`, the names of those that stand on the command line."""
 
+    aliases = {}  # what other programs call our flags, without dashes: our flag
+
     def parse_args(self, words=None, namespace=None):
         words = sys.argv[1:] if words is None else words
         args, unknown = self.parse_known_args(words, namespace)
@@ -1732,7 +1744,10 @@ class Parser(argparse.ArgumentParser):
     def explain_unknown(self, words):
         """What to say of words that are no flags."""
         known = [name for action in self._actions for name in action.option_strings]
-        close = difflib.get_close_matches(words[0].split("=")[0].replace("_", "-"), known, 1)
+        word = words[0].split("=")[0].replace("_", "-")
+        close = [self.aliases.get(word.lstrip("-"))]
+        if close[0] not in known:
+            close = difflib.get_close_matches(word, known, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return f"unrecognized arguments: {' '.join(words)}{hint}"
 

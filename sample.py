@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import fid
 from kit import checkpoints, cli, sampling
 from kit.cache import crc, fingerprint
 from kit.cli import UserError, say
@@ -92,7 +93,7 @@ def parser():
     group.add_argument("--prompts", metavar="FOLDER",
                        help="for a model conditioned on text: a folder made by "
                             "python -m kit.encode --prompts")
-    group.add_argument("--seed", type=cli.seed, default=0,
+    group.add_argument("--seed", type=fid.seed, default=0,
                        help="sample i depends on (seed, i) alone (default: 0)")
 
     group = p.add_argument_group("what is written")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+import fid
 from kit import checkpoints, cli, sampling
 from kit.processes import Processes
 
@@ -135,7 +136,7 @@ def parser():
     p.add_argument("--columns", type=int, default=10)
     p.add_argument("--zoom", type=int, help="default: 9 for images of 8x8 pixels, 3 for 28x28")
     p.add_argument("--cfg", type=float, help="guidance (1: none); default: as trained")
-    p.add_argument("--seed", type=cli.seed, default=0)
+    p.add_argument("--seed", type=fid.seed, default=0)
     p.add_argument("--out", required=True, help="the PNG")
     return p
 

@@ -1,6 +1,5 @@
 """The command line: errors of one line, parsers, the flags that every training script shares."""
 import argparse
-import difflib
 import math
 import os
 import sys
@@ -129,13 +128,20 @@ def say(proc, text):
 # ---- Parsers -----------------------------------------------------------------------------------
 
 # What other programs call our flags.
-ALIASES = {"lambda": "--lam", "epochs": "--steps", "iterations": "--steps", "max-steps": "--steps",
-           "bs": "--batch-size", "bsz": "--batch-size", "learning-rate": "--lr",
-           "learning_rate": "--lr", "guidance": "--cfg", "guidance-scale": "--cfg",
-           "cfg-scale": "--cfg", "num-steps": "--nfe", "sampling-steps": "--nfe",
-           "checkpoint": "--ckpt", "resume-from": "--ckpt", "output": "--out",
-           "output-dir": "--out", "data-path": "--data", "gradient-accumulation-steps":
-           "--accumulate", "fp16": "--amp", "bf16": "--amp", "n": "--num-samples"}
+ALIASES = {
+    "lambda": "--lam",
+    "epochs": "--steps", "iterations": "--steps", "max-steps": "--steps",
+    "bs": "--batch-size", "bsz": "--batch-size",
+    "learning-rate": "--lr",
+    "guidance": "--cfg", "guidance-scale": "--cfg", "cfg-scale": "--cfg",
+    "num-steps": "--nfe", "sampling-steps": "--nfe", "num-sampling-steps": "--nfe",
+    "checkpoint": "--ckpt", "resume-from": "--ckpt",
+    "output": "--out", "output-dir": "--out", "results-dir": "--out",
+    "data-path": "--data", "data-dir": "--data", "dataset": "--data",
+    "gradient-accumulation-steps": "--accumulate",
+    "fp16": "--amp", "bf16": "--amp", "mixed-precision": "--amp",
+    "n": "--num-samples", "num-workers": "--workers",
+}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -149,44 +155,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)".strip()
 
 
-class Parser(argparse.ArgumentParser):
-    """Its arguments have `given`, the names of those that stand on the command line."""
-
-    def parse_args(self, words=None, namespace=None):
-        words = sys.argv[1:] if words is None else words
-        args, unknown = self.parse_known_args(words, namespace)
-        if unknown:
-            self.error(self.explain_unknown(unknown))
-        args.given = self.names_given(words)
-        return args
-
-    def names_given(self, words):
-        """The names of the arguments that stand on the command line, as a frozenset."""
-        defaults = {action: action.default for action in self._actions}
-        try:
-            for action in self._actions:
-                action.default = argparse.SUPPRESS
-            given, _ = self.parse_known_args(words, argparse.Namespace())
-        finally:
-            for action, default in defaults.items():
-                action.default = default
-        return frozenset(vars(given))
-
-    def explain_unknown(self, words):
-        """What to say of words that are no flags of this script."""
-        known = [name for action in self._actions for name in action.option_strings]
-        word = words[0].split("=")[0]
-        close = ALIASES.get(word.lstrip("-"))
-        if close is None:
-            likely = difflib.get_close_matches(word.replace("_", "-"), known, 1)
-            close = likely[0] if likely else None
-        hint = f"; did you mean {close}?" if close in known else ""
-        return f"unrecognized arguments: {' '.join(words)}{hint}"
-
-    def error(self, message):  # under torchrun only rank 0 complains about the command line
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
-        sys.exit(2)
+class Parser(fid.Parser):
+    aliases = ALIASES
 
 
 def make_parser(prog, doc):
@@ -199,13 +169,6 @@ def make_parser(prog, doc):
 def flag(key):
     """The flag of an argument: batch_size -> --batch-size."""
     return "--" + key.replace("_", "-")
-
-
-def seed(text):
-    """The type of --seed."""
-    if not 0 <= int(text) < 2 ** 63:
-        raise argparse.ArgumentTypeError(f"{text}: must lie between 0 and 2^63 - 1")
-    return int(text)
 
 
 def add_base_arguments(parser, model, ckpt, image_size=None):
@@ -243,7 +206,7 @@ def add_run_arguments(parser, out):
                        help="folder of last.pt, log.jsonl, metrics.json and pictures")
     group.add_argument("--resume", choices=["auto", "never"], default="auto",
                        help="auto continues what is in --out")
-    group.add_argument("--seed", type=seed, default=0,
+    group.add_argument("--seed", type=fid.seed, default=0,
                        help="every random number of step n is drawn from (seed, n)")
     group.add_argument("--log-every", type=int, metavar="STEPS")
     group.add_argument("--save-every", type=int, metavar="STEPS")

@@ -5,7 +5,6 @@ CPU, nccl on GPUs).
 """
 import ctypes
 import os
-import platform
 import shutil
 import sys
 from contextlib import nullcontext, suppress
@@ -19,7 +18,8 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from kit.cli import UserError, say
+import fid
+from kit.cli import UserError, say, user_errors
 
 # ---- Processes ---------------------------------------------------------------------------------
 
@@ -48,7 +48,8 @@ class Processes:
             dist.init_process_group(backend, timeout=timedelta(hours=2))
         self.device = torch.device("cpu")
         if cuda:
-            self.device = torch.device("cuda", self.choose_gpu())
+            with user_errors():
+                self.device = torch.device("cuda", fid.choose_gpu())
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
@@ -59,21 +60,6 @@ class Processes:
         if not hasattr(Processes, "has_said"):
             Processes.has_said = True
             self.say_what_is_not_used(amp, cuda, has_bf16)
-
-    def choose_gpu(self):
-        """The index of this process's GPU: its local rank, or 0 where each task sees its own GPU
-        alone. Raises UserError where two processes would share one."""
-        gpus = torch.cuda.device_count()
-        index = self.local_rank if self.local_rank < gpus or gpus > 1 else 0
-        seen = [(platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES"), index)]
-        if self.world > 1:
-            seen = [None] * self.world
-            dist.all_gather_object(seen, (platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES"),
-                                          index))
-        if index >= gpus or len(set(seen)) < len(seen):
-            raise UserError(f"--nproc_per_node is larger than this machine's number of GPUs, "
-                            f"{gpus}; start as many processes as there are GPUs")
-        return index
 
     def say_what_is_not_used(self, amp, cuda, has_bf16):
         """Once: say what the user may expect of this machine and does not get."""

@@ -19,6 +19,7 @@ arr_1 labels.
 import argparse
 from pathlib import Path
 
+import fid
 from experiments.pictures import Row, default_zoom, draw, sample_rows
 from kit import cli
 from kit.processes import Processes
@@ -44,7 +45,7 @@ def parser():
     p.add_argument("--num-samples", type=int, default=10, help="per row")
     p.add_argument("--columns", type=int, default=10)
     p.add_argument("--cfg", type=float, default=1.5, help="guidance of all rows (1: none)")
-    p.add_argument("--seed", type=cli.seed, default=0)
+    p.add_argument("--seed", type=fid.seed, default=0)
     p.add_argument("--out", default="assets/mnist_pd.png")
     return p
 

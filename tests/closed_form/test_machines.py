@@ -41,6 +41,8 @@ def ranks(monkeypatch, local_rank, seen):
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setenv("WORLD_SIZE", str(len(seen)))
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: local_rank)
+    monkeypatch.setattr(dist, "get_world_size", lambda: len(seen))
 
     def gather(into, own):
         into[:] = seen
