@@ -224,9 +224,13 @@ def refuse_lonely_tasks():
     each would train the whole, and all would write into one folder."""
     if "RANK" in os.environ:
         return
-    for launcher, variable in (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE"),
-                               ("mpirun", "PMI_SIZE")):
-        tasks = os.environ.get(variable, "1")
+    # A script of sbatch itself is one process, whatever SLURM_NTASKS says. Only srun makes steps.
+    is_step = "SLURM_STEP_ID" in os.environ or os.environ.get("SLURM_PROCID", "0") != "0"
+    slurm = os.environ.get("SLURM_NTASKS", "1") if is_step else "1"
+    found = (("srun", os.environ.get("SLURM_STEP_NUM_TASKS", slurm)),
+             ("mpirun", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")),
+             ("mpirun", os.environ.get("PMI_SIZE", "1")))
+    for launcher, tasks in found:
         if tasks.isdecimal() and int(tasks) > 1:
             raise UserError(f"{launcher} started {tasks} tasks that do not know of one another; "
                             "start one task per machine, and in it torchrun, as in "

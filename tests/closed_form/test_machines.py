@@ -77,6 +77,21 @@ def test_tasks_that_do_not_know_of_one_another(monkeypatch, variable):
     Processes()
 
 
+@pytest.mark.parametrize("told, refused", [
+    (dict(SLURM_NTASKS=4, SLURM_PROCID=0), False),                    # the script of sbatch itself
+    (dict(SLURM_NTASKS=4, SLURM_PROCID=2), True),
+    (dict(SLURM_NTASKS=4, SLURM_PROCID=0, SLURM_STEP_ID=0), True),
+    (dict(SLURM_NTASKS=4, SLURM_PROCID=0, SLURM_STEP_ID=0, SLURM_STEP_NUM_TASKS=1), False)])
+def test_slurm_tells_steps_from_scripts(monkeypatch, told, refused):
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+    if not refused:
+        Processes()
+        return
+    with pytest.raises(UserError, match="srun started 4 tasks"):
+        Processes()
+
+
 def test_apple_gpus_are_not_used_and_that_is_said(monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.delattr(processes.Processes, "has_said", raising=False)
