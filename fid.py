@@ -88,6 +88,7 @@ import os
 import pickle
 import platform
 import re
+import socket
 import struct
 import sys
 import time
@@ -1251,7 +1252,7 @@ def download(url, path, flag, tries):
         try:
             return download_rest(url, path)
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError,
-                TimeoutError) as e:
+                socket.timeout) as e:  # which is TimeoutError since Python 3.10
             reason = getattr(e, "reason", e)
             if isinstance(e, urllib.error.HTTPError) and e.code < 500:
                 break  # the server refuses: to ask again does not help

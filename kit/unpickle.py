@@ -6,11 +6,13 @@ other class becomes an Inert, which keeps what it was made from and does nothing
 itself that has no place beside weights, such as os.system, is refused.
 """
 import io
+import os
 import pickle
 import re
 import sys
 import warnings
 from collections import OrderedDict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,8 +44,15 @@ EDM = {
 
 PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as protocols 0 to 2 call them
 
-# Python 3.9 does not list its library. Then less is refused, and still nothing is run.
-STANDARD = getattr(sys, "stdlib_module_names", sys.builtin_module_names)
+def names_of_the_library():
+    """The names of the modules that come with Python, which 3.9 does not list itself."""
+    if hasattr(sys, "stdlib_module_names"):
+        return sys.stdlib_module_names
+    files = Path(os.__file__).parent.iterdir()
+    return {*sys.builtin_module_names, *(file.stem for file in files)}
+
+
+STANDARD = names_of_the_library()
 
 
 class Inert(dict):
