@@ -1411,11 +1411,10 @@ def run_script(main, args):
             raise
         exit_with(line, code)
     if in_group():
-        dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        # important! A thread of gloo that drops its last tensor while the interpreter is ending
-        # aborts the process.
+        # important! Taking the group down may wait for ever for a rank that has ended, and a thread
+        # of gloo that drops its last tensor while the interpreter is ending aborts the process.
         os._exit(0)
 
 
