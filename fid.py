@@ -1399,8 +1399,45 @@ def say(text):
         sys.stdout.flush()
 
 
+class Tolerant:
+    """A stream whose reader may be gone, or whose disk may be full: neither ends the work."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call, *args):
+        try:
+            call(*args)
+        except (OSError, ValueError):  # what follows, and what its buffer holds, goes nowhere
+            nowhere = open(os.devnull, "w")
+            with suppress(OSError, ValueError):
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+            self.stream = nowhere
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def keep_streams():
+    """Let the program go on where stdout or stderr is closed, or cannot be written."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w")
+        if not isinstance(stream, Tolerant):
+            setattr(sys, name, Tolerant(stream))
+
+
 def run_script(main, args):
     """main(args). What the user can mend becomes one line from one rank and exit code 2."""
+    keep_streams()
     try:
         main(args)
     except KeyboardInterrupt:

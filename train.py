@@ -25,8 +25,8 @@ from pathlib import Path
 
 import torch
 
-import models
 from kit import base, checkpoints, data
+from kit.cache import one_job
 from kit.cli import (
     UserError,
     add_data_arguments,
@@ -152,7 +152,7 @@ def main(args, objective=diffusion_loss, method="train", quiet=False):
     spec.update(method=method, reading=None)
     spec["prediction"] = args.prediction or spec["prediction"]
     spec["schedule"] = args.schedule or spec["schedule"]
-    check_combination(args, spec, objective)
+    base.check_combination(args, spec, is_ordinary=objective is diffusion_loss)
     base.warn_if_too_narrow(proc, spec)
     data.check_fits(dataset, spec, args.trust_labels)
     base.check_labels(args, dataset, spec)
@@ -163,7 +163,7 @@ def main(args, objective=diffusion_loss, method="train", quiet=False):
         return say(proc, plan(args, spec, proc, forwards))
     is_edm = spec["arch"]["net"] == "DDPM++"
     drop = DROP if spec["knows_null"] else 0
-    net = new_network(args, spec)
+    net = base.new_network(args, spec)
     student = proc.student(net, args)
     ema = EMA(net, args.ema)
     opt = adamw(net, args.lr)
@@ -196,30 +196,6 @@ def main(args, objective=diffusion_loss, method="train", quiet=False):
         ema.update(step, edm_decay(step, args.ema) if is_edm else None)
     say(proc, f"{last} is ready; log: {args.out}/log.jsonl")
     return last
-
-
-def new_network(args, spec):
-    """The network to train: --ckpt's weights, or random ones."""
-    if args.ckpt:
-        return checkpoints.load_model(args.ckpt, *base.naming(args))[0]
-    torch.manual_seed(args.seed)
-    net = models.build(spec["arch"])
-    if isinstance(net, models.DiT):
-        torch.nn.init.normal_(net.y_embedder.embedding_table.weight, std=args.label_std)
-    return net
-
-
-def check_combination(args, spec, objective):
-    """Raise UserError where the network, --prediction and --schedule do not go together."""
-    if spec["arch"].get("guidance"):
-        raise UserError("this model takes the scale of guidance as an input, which this loss does "
-                        "not train; give --ckpt another")
-    if (spec["schedule"] == "interpolant") != (spec["prediction"] == "velocity"):
-        raise UserError("--prediction velocity goes with --schedule interpolant, and only with it")
-    is_changed = args.prediction or args.schedule or objective is not diffusion_loss
-    if spec["arch"]["net"] == "DDPM++" and is_changed:
-        raise UserError(f"--model {spec['name']}: EDM's networks have their own prediction, "
-                        "schedule and loss; leave --prediction and --schedule out")
 
 
 def learning_rate(step, args, first=1):
@@ -265,7 +241,7 @@ def make_teacher(out, seed=0, prediction="eps"):
     elif prediction != "eps":
         own.update(prediction=prediction)
     try:
-        with user_errors():
+        with user_errors(), one_job(Processes("off"), out):
             return main(arguments(parser(), **own), quiet=True)
     except UserError as e:
         raise UserError(f"{e} (this concerns the digits' teacher, which is made anew when {out} is "
@@ -276,9 +252,9 @@ def train_control(args, source):
     """Continued training, the control of every method: this loss from the same base model, with
     the method's data, steps, batch and learning rate. Returns the network, on the CPU."""
     own = arguments(
-        parser(), ckpt=args.ckpt, model=args.model, image_size=args.image_size,
-        classes=getattr(args, "classes", None), flip=getattr(args, "flip", None),
-        trust_labels=getattr(args, "trust_labels", False), data=str(source), steps=args.steps,
+        parser(), ckpt=args.ckpt, model=args.model, image_size=args.image_size, flip=args.flip,
+        classes=args.classes, trust_labels=args.trust_labels, workers=args.workers,
+        sample_batch_size=args.sample_batch_size, data=str(source), steps=args.steps,
         batch_size=args.batch_size, lr=args.lr, warmup=0, decay="constant", ema=0.0, clip=0.0,
         seed=args.seed, amp=args.amp, resume=args.resume, out=f"{args.out}/continued",
         log_every=args.steps, save_every=args.steps)

@@ -1,6 +1,8 @@
 """What a method starts from: the base model and the training data."""
 from pathlib import Path
 
+import torch
+
 import models
 from kit import checkpoints, data
 from kit.cache import synthetic_pool
@@ -73,6 +75,17 @@ def describe_new(args, dataset, learn_sigma):
     spec.update(scale=dataset.scale, cfg=spec["cfg"] if is_guided else 1.0, knows_null=True,
                 class_names=getattr(dataset, "class_names", None))
     return spec
+
+
+def new_network(args, spec):
+    """The network that train.py trains: --ckpt's weights, or random ones."""
+    if args.ckpt:
+        return checkpoints.load_model(args.ckpt, *naming(args))[0]
+    torch.manual_seed(args.seed)
+    net = models.build(spec["arch"])
+    if isinstance(net, models.DiT):
+        torch.nn.init.normal_(net.y_embedder.embedding_table.weight, std=args.label_std)
+    return net
 
 
 def load_base(args, proc, make_teacher, prediction="eps"):
@@ -204,6 +217,22 @@ def refuse_in_training(args, spec):
     if not is_image_folder(args.data):
         refuse_without_effect(args, "image_size", f"with --data {args.data}, which is no folder of "
                                                   "images")
+
+
+def check_combination(args, spec, is_ordinary):
+    """Raise UserError where train.py's network, --prediction and --schedule do not go together.
+
+    is_ordinary: whether the loss is the ordinary one.
+    """
+    if spec["arch"].get("guidance"):
+        raise UserError("this model takes the scale of guidance as an input, which this loss does "
+                        "not train; give --ckpt another")
+    if (spec["schedule"] == "interpolant") != (spec["prediction"] == "velocity"):
+        raise UserError("--prediction velocity goes with --schedule interpolant, and only with it")
+    is_changed = args.prediction or args.schedule or not is_ordinary
+    if spec["arch"]["net"] == "DDPM++" and is_changed:
+        raise UserError(f"--model {spec['name']}: EDM's networks have their own prediction, "
+                        "schedule and loss; leave --prediction and --schedule out")
 
 
 def is_image_folder(name):

@@ -4,6 +4,7 @@ import os
 import time
 import zlib
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,28 +109,37 @@ def _move(pieces, c, f):
 # ---- One job at a time -------------------------------------------------------------------------
 
 
-def make_once(proc, folder, is_made, make):
-    """Call make() on all ranks of this job unless is_made(), while no other job does.
-
-    Another job that does it already is waited for. Where that one ends without having made it, this
-    one goes on. folder: in which jobs agree; it is made here.
-    """
+@contextmanager
+def one_job(proc, folder):
+    """While no other job does what follows with this folder, which is made here. A job that does it
+    already is waited for. Called on all ranks of this job."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     has_said = False
-    while proc.any(not is_made())[0]:
-        folder.mkdir(parents=True, exist_ok=True)
+    while True:
         held = try_lock(folder) if proc.is_main else None
         if proc.any(held is not None)[0]:
-            try:
-                if proc.any(not is_made())[0]:  # not made since, before the lock was free
-                    make()
-            finally:
-                if held:
-                    held.close()
-            return
+            break
         if not has_said:
             say(proc, f"another job is making {folder}; waiting for it")
             has_said = True
         time.sleep(2)  # all ranks meet here again and again: no collective runs into its time limit
+    try:
+        yield
+    finally:
+        if held:
+            held.close()
+
+
+def make_once(proc, folder, is_made, make):
+    """Call make() on all ranks of this job unless is_made(), while no other job does.
+
+    Where another job ends without having made it, this one goes on.
+    """
+    if proc.any(not is_made())[0]:
+        with one_job(proc, folder):
+            if proc.any(not is_made())[0]:  # not made since, before the lock was free
+                make()
 
 
 def try_lock(folder):

@@ -55,6 +55,7 @@ def cache_folder():
 def run_script(main, args):
     """Call main(args). What the user can mend becomes one line from one rank and exit code 2."""
     code = 0
+    fid.keep_streams()
     warnings.formatwarning = fid.short_warning
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")

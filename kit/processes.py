@@ -5,6 +5,7 @@ CPU, nccl on GPUs).
 """
 import ctypes
 import os
+import platform
 import shutil
 import sys
 from contextlib import nullcontext, suppress
@@ -340,12 +341,17 @@ def save_array(path, x):
 def lock(folder):
     """An open file: until it is closed, or this process ends, no other process may write into the
     folder. Raises UserError when another does."""
-    file = open(folder / ".lock", "w")
+    file = open(folder / ".lock", "a+")
     with suppress(ImportError, OSError):  # not on Windows, nor on every file system
         import fcntl
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"another process is writing into {folder}; wait for it, or choose "
-                            "another --out")
+            file.seek(0)
+            who = f" ({file.read()})" if file.tell() else ""
+            raise UserError(f"another process{who} is writing into {folder}; wait for it, or "
+                            "choose another --out")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
     return file

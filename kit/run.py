@@ -177,13 +177,16 @@ class Run:
         if args.sample_every and spec["scale"] is not None:
             raise UserError("--sample-every draws images, and this model makes latents; leave it "
                             "out, and draw a checkpoint with sample.py --decode")
-        held, changed = open_out_folder(args, proc, fixed)
+        self.lock = make_out_folder(args, proc)  # before last.pt is read, and until the last save
+        held, changed = open_last(args, fixed)
         if held and dataset:
             refuse_changed_data(args, held.get("data"), dataset)
         if held:
             self.restore(held)
         if dataset:
             self.use_data(dataset)
+        if self.is_finished:
+            self.release()
         for line in changed:
             say(proc, f"{args.out}: {line}")
 
@@ -203,6 +206,11 @@ class Run:
         self.extra = {k: v for k, v in held.items() if k not in known}
         if not self.is_finished:
             say(self.proc, f"{self.args.out}: continuing from step {self.step}")
+
+    def release(self):
+        """Let other processes write into the folder."""
+        if self.lock:
+            self.lock.close()
 
     def use_data(self, dataset):
         """Remember which data set this run trains on. Raises UserError when it was another one."""
@@ -227,6 +235,7 @@ class Run:
             self.after_step(until, copy)
         if self.is_finished and self.stop is not None:
             self.log.close()
+            self.release()
             self.stop.restore()
             self.stop = None
         self.proc.barrier()  # the others read what rank 0 has written
@@ -278,9 +287,10 @@ class Run:
             self.save("last.pt", self.everything())
         if args.sample_every and self.step % args.sample_every == 0:
             self.draw_samples()
-        if ended and self.step < args.steps:
+        if ended:
             self.proc.barrier()  # important! or torchrun ends the rank that is still saving
-            self.log.close()     # another process may continue the run
+            self.log.close()
+            self.release()       # another process may continue the run
             if self.proc.is_main:
                 print(f"stopped by a signal after step {self.step}, saved; the same command "
                       "continues", file=sys.stderr, flush=True)
@@ -374,12 +384,10 @@ class Log:
         self.sum = torch.zeros((), device=run.proc.device)
         self.count = 0
         self.lr = None
-        self.lock = None
         self.before = 0.0  # seconds of training before this launch
         self.path = Path(run.args.out) / "log.jsonl"
         self.bar = progress_bar(run.proc, run.args.steps, run.name, run.step)
         if run.proc.is_main:
-            self.lock = lock(self.path.parent)
             self.forget_what_is_done_again()
         self.began = time.perf_counter()
         self.time = self.began
@@ -387,14 +395,16 @@ class Log:
     def forget_what_is_done_again(self):
         """Drop the lines of steps after the last checkpoint: they are logged again."""
         kept = [json.dumps({"args": plain_arguments(self.run.args)})]
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:  # cut off, by a kill or a full disk
+                is_kept = record.get("step", self.run.step + 1) <= self.run.step
+                seconds = float(record.get("seconds", 0))
+            except (ValueError, TypeError, AttributeError):  # damaged, by a kill or a full disk
                 continue
-            if record.get("step", self.run.step + 1) <= self.run.step:
+            if is_kept:
                 kept.append(line)
-                self.before = record.get("seconds", 0.0)
+                self.before = seconds
         write_text(self.path, "".join(line + "\n" for line in kept))
 
     def add(self, loss, opt):
@@ -441,8 +451,6 @@ class Log:
 
     def close(self):
         self.bar.close()
-        if self.lock:
-            self.lock.close()
 
 
 def peak_memory_gib(device):
@@ -469,20 +477,28 @@ FUTURE = {"lr", "steps", "amp", "compile", "accumulate", "grad_checkpointing"}
 CONTROLS = ("continued", "plain", "dsm")
 
 
-def open_out_folder(args, proc, fixed=()):
-    """Make --out -> (the checkpoint to continue from, or None; lines about changed arguments).
-
-    Raises UserError where the folder cannot be written, or holds a run with other arguments.
-    """
+def make_out_folder(args, proc):
+    """Make --out -> its lock on rank 0, else None. Raises UserError where it cannot be written, or
+    another process writes there."""
     if not args.out:
         raise UserError("--out is empty; name a folder")
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if proc.is_main:
-            (out / "log.jsonl").open("a").close()
+        if not proc.is_main:
+            return None
+        (out / "log.jsonl").open("a").close()
+        return lock(out)
     except OSError as e:
         raise UserError(f"--out {out}: cannot write there ({e.strerror}); choose another folder")
+
+
+def open_last(args, fixed=()):
+    """-> (the checkpoint to continue from, or None; lines about changed arguments).
+
+    Raises UserError where --out holds a run with other arguments.
+    """
+    out = Path(args.out)
     last = out / "last.pt"
     if args.resume == "never" and last.exists():
         raise UserError(f"{last} exists and --resume never would overwrite it; choose another "

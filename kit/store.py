@@ -69,9 +69,13 @@ class Store:
                                 f"{in_words(key, held.get(key), value)}; {mend}")
 
     def numbers(self):
-        """The numbers in the names of the samples' files."""
-        matches = [re.fullmatch(self.pattern, name) for name in os.listdir(self.folder)]
-        return [int(match[1]) for match in matches if match]
+        """The numbers in the names of the samples' files, less those that are empty."""
+        found = []
+        for entry in os.scandir(self.folder):
+            match = re.fullmatch(self.pattern, entry.name)
+            if match and entry.stat().st_size:
+                found.append(int(match[1]))
+        return found
 
     def release(self):
         """Delete what only a job that is not finished needs, and let others in. On rank 0."""
@@ -140,8 +144,15 @@ class Parts(Store):
     beside = r"\..*|settings\.json|.*\.tmp"
 
     def done(self, num):
-        """The chunks that are there."""
-        return set(self.numbers())
+        """The chunks that are there, whole."""
+        return {c for c in self.numbers() if self.is_whole(c)}
+
+    def is_whole(self, c):
+        try:
+            np.load(self.part(c), mmap_mode="r")  # looks at its header and its size
+            return True
+        except (ValueError, OSError, EOFError):
+            return False
 
     def part(self, c):
         return self.folder / f"{c:06d}.npy"
