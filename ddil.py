@@ -888,7 +888,7 @@ def check_guidance(args, spec, learns_w):
     takes_w = spec["arch"].get("guidance")
     if takes_w and (learns_w or args.objective == "dmd2"):
         raise UserError("this model takes the scale of guidance as an input already: halve its "
-                        "steps with --stages N:STEPS")
+                        "steps with --objective pd --stages N:STEPS")
     wants_guidance = learns_w or args.objective == "dmd2"
     if wants_guidance and not can_guide(spec) and (args.objective == "pd" or has_condition(spec)):
         raise UserError("guidance cannot be distilled from this model: it knows no classes, or has "
@@ -916,7 +916,7 @@ def check_model(args, spec, schedule):
     needs_dit = args.objective != "pd" or args.stages[0].startswith("w")
     if needs_dit and "hidden_size" not in spec["arch"]:
         raise UserError("--objective lcm and dmd2 and a stage w:STEPS want a DiT, this network is "
-                        "a U-Net: halve its steps with --stages N:STEPS")
+                        "a U-Net: halve its steps with --objective pd --stages N:STEPS")
 
 
 def make_stages(args, spec, schedule):

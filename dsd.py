@@ -455,8 +455,9 @@ def settings_of(spec):
 
 def apply_dsd_defaults(args, spec):
     """Fill missing arguments from the settings above -> allocate()'s updates. Raises UserError."""
-    refuse_without_effect(args, "data loss_weights", "without --from-scratch: a model that distils "
-                                                     "itself needs no data")
+    of_data = "data loss_weights classes trust_labels flip workers"
+    refuse_without_effect(args, of_data, "without --from-scratch: a model that distils itself "
+                                         "needs no data")
     settings = {k: v for k, v in settings_of(spec).items() if k != "betas"}
     if not can_guide(spec):
         settings["w"] = [1.0, 1.0]

@@ -758,7 +758,8 @@ def open_image(path):
     ValueError that names the file."""
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":
+            raw = str(image.tile[0][-1]) if image.tile else ""  # of colours that Pillow would cut
+            if image.mode[0] in "IF" or ";16" in raw:
                 raise ValueError(f"more than 8 bits per channel, mode {image.mode}")
             yield image
     except MemoryError:
@@ -832,13 +833,34 @@ def read_npz(path):
         if "arr_1" in keys:
             labels = np.array(read_npz_array(path, "arr_1"))
             if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-                labels = None  # something else than one class for each image
+                warnings.warn(f"{path}: arr_1 is {labels.dtype} {labels.shape}, not one class for "
+                              "each image, and is left out", stacklevel=2)
+                labels = None
+            else:
+                labels = labels.astype(np.int64)
     return keys, images, labels, arrays
+
+
+def check_bytes(path, name):
+    """Raise ValueError where an array of an .npz is not what was stored, by its checksum. Rank 0
+    reads it, which costs little beside measuring."""
+    problem = None
+    if rank_and_world()[0] == 0:
+        try:
+            with zipfile.ZipFile(path) as z, z.open(name + ".npy") as member:
+                while member.read(1 << 24):
+                    pass
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
+            problem = str(e)
+    problem = gather_objects(problem)[0]
+    if problem:
+        raise ValueError(problem)
 
 
 def read_npz_array(path, name):
     """One array of an .npz. Where it is stored uncompressed it is mapped from the disk, so that
     every rank reads its own part only."""
+    check_bytes(path, name)
     with zipfile.ZipFile(path) as z:
         member = z.getinfo(name + ".npy")
     if member.compress_type != zipfile.ZIP_STORED:
@@ -1016,8 +1038,8 @@ def read_statistics(path, arrays, reference_resize=None):
         raise ValueError(f"{path}: holds no statistics (mu and sigma)")
     name = name_of_features(path, arrays, reference_resize)
     count = np.asarray(arrays.get("count", 0))
-    if count.ndim or count.dtype.kind not in "iu":
-        raise ValueError(f"{path}: count is {count.dtype} {count.shape}; want an integer")
+    if count.ndim or count.dtype.kind not in "iu" or count < 0:
+        raise ValueError(f"{path}: count is {count.dtype} {count.shape}; want an integer >= 0")
     stats = FeatureStatistics(path, int(count) or None, features=name)
     for key in ("mu", "sigma", "mu_s", "sigma_s", "kept", "complete"):
         if key in arrays:
@@ -1417,7 +1439,7 @@ class Tolerant:
             call(*args)
         except (OSError, ValueError):  # what follows, and what its buffer holds, goes nowhere
             nowhere = open(os.devnull, "w")
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, AttributeError):
                 os.dup2(nowhere.fileno(), self.stream.fileno())
             self.stream = nowhere
 
@@ -1726,6 +1748,10 @@ def make_reference(args, device):
         raise ValueError(f"{args.reference} holds statistics already: it is a reference")
     if not args.out or not args.out.endswith(".npz"):
         raise ValueError("ref makes a file: give --out a name ending in .npz")
+    both = (args.out, args.reference)
+    if all(map(os.path.exists, both)) and os.path.samefile(*both):
+        raise ValueError(f"--out {args.out} is what is measured, and would be lost; give another "
+                         "name")
     part = Path(args.out).with_suffix(".tmp")
     try:  # before hours of work
         if Path(args.out).is_dir():

@@ -212,6 +212,8 @@ def open_model(ckpt, args, proc, prompts, null):
     """Load the checkpoint; raises UserError where the flags do not go with it."""
     net, spec = checkpoints.load_model(ckpt, *name_for(ckpt, args))
     labels = spec["classes"] if prompts is None else len(prompts)
+    if args.label is not None and not labels:
+        raise UserError(f"--label {args.label}: {ckpt} has no classes; leave it out")
     if args.label is not None and not 0 <= args.label < labels:
         raise UserError(f"--label {args.label}: must lie between 0 and {labels - 1}")
     is_latent = spec["scale"] is not None
@@ -351,6 +353,8 @@ def main(args):
         stores.append(store)
         was_finished = draw(model, store, args, proc, vae, Path(ckpt).name)
 
+    if out.is_file():
+        say(proc, f"{out} existed and is replaced")
     if proc.is_main:
         write(out, stores, model, args.num_samples)
     if model.is_latent and vae is None:

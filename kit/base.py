@@ -212,6 +212,8 @@ def refuse_in_training(args, spec):
     if args.ckpt:
         refuse_without_effect(args, "label_std", "with --ckpt, whose class embeddings are trained")
         return
+    refuse_without_effect(args, "trust_labels", "without --ckpt: a new network takes the labels as "
+                                                "they are")
     if spec["arch"]["net"] not in ("DiT", "SiT"):
         refuse_without_effect(args, "label_std", "with a network that is no DiT")
     if not is_image_folder(args.data):

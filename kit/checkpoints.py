@@ -598,6 +598,10 @@ def _describe_ours(ckpt, held, name):
     """describe() of a file of ours."""
     if held["format"] != 1:
         raise UserError(f"checkpoint {ckpt}: format {held['format']}, this code reads format 1")
+    missing = [key for key in ("name", "arch", "classes", "ema") if held.get(key) is None]
+    if missing:
+        raise UserError(f"checkpoint {ckpt}: lacks {', '.join(missing)}, which every checkpoint of "
+                        "format 1 has; it is damaged: give another")
     _check_name(ckpt, name, held["name"])
     held = {**DIT_DEFAULTS, **held}
     spec = {key: held[key] for key in ("name", "arch", "classes", *DIT_DEFAULTS)}

@@ -140,7 +140,7 @@ ALIASES = {
     "data-path": "--data", "data-dir": "--data", "dataset": "--data",
     "gradient-accumulation-steps": "--accumulate",
     "fp16": "--amp", "bf16": "--amp", "mixed-precision": "--amp",
-    "n": "--num-samples", "num-workers": "--workers",
+    "num-workers": "--workers",
 }
 
 

@@ -116,6 +116,11 @@ class ImageFolder(torch.utils.data.Dataset):
                 raise UserError(f"--data {Path(root, folder)}: no images there; put some there, or "
                                 "move the folder away")
             self.files += [(file, label) for file in sorted(files)]
+        deep = [path for path, _, names in listed if names and Path(path) != Path(root)
+                and Path(path).parent != Path(root)]
+        if deep:
+            warnings.warn(f"--data {root}: folders below a class count to it, such as {deep[0]}",
+                          stacklevel=2)
         self.size = size or own_size([file for file, _ in self.files])
         self.shape = (3, self.size, self.size)
 
@@ -190,9 +195,11 @@ class Latents(torch.utils.data.Dataset):
         self._map(root)
         self.y = np.load(root / "labels.npy")
         meta = json.loads((root / "meta.json").read_text())
-        self.classes = int(meta["classes"])
-        self.class_names = meta.get("class_names")
+        self.classes = _number_of_classes(meta["classes"])
+        self.class_names = _names_of_classes(meta.get("class_names"), self.classes)
         self.scale = None if meta["scale"] is None else float(meta["scale"])
+        if self.scale is not None and not 0 < self.scale < float("inf"):
+            raise ValueError(f"meta.json has the scale {self.scale}; want a positive number")
         self.text = None
         if self.null is not None:
             self.classes = 0
@@ -201,6 +208,9 @@ class Latents(torch.utils.data.Dataset):
     def _check(self):
         """Raise UserError unless the arrays fit together."""
         x, y = self.x, self.y
+        if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray):
+            raise UserError(f"--data {self.name}: latents.npy or labels.npy is an .npz by another "
+                            "name; want arrays as np.save writes them")
         good_latents = x.ndim == 6 and x.dtype.kind == "f" and {*x.shape[1:3]} <= {1, 2}
         good_labels = y.shape == x.shape[:1] and y.size and y.dtype.kind in "iu"
         if not good_latents or not good_labels:
@@ -253,6 +263,26 @@ class Latents(torch.utils.data.Dataset):
             return x[:, 0]
         mean, std = x[:, 0], x[:, 1]
         return mean + std * rng.normal(self.shape)
+
+
+def _number_of_classes(value):
+    """meta.json's number of classes. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
+        raise ValueError(f"meta.json has {value} classes; want a whole number")
+    if not 0 <= value < 2 ** 31:
+        raise ValueError(f"meta.json has {value} classes; want 0 or more")
+    return int(value)
+
+
+def _names_of_classes(names, classes):
+    """meta.json's names of classes, or None. Raises ValueError."""
+    if names is None:
+        return None
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not are_names or len(names) != classes or len(set(names)) < classes:
+        raise ValueError(f"meta.json has the class_names {str(names)[:60]}; want a list of "
+                         f"{classes} different names")
+    return names
 
 
 def digits():
@@ -319,10 +349,12 @@ def load_prompts(root):
     return embeddings, torch.from_numpy(null).float()
 
 
-@user_errors()
 def read_image(path, size=None):
     """fid.read_image, which raises UserError here."""
-    return fid.read_image(path, size)
+    try:
+        return fid.read_image(path, size)
+    except ValueError as e:  # without the image the data would be other data
+        raise UserError(str(e).replace("mend or remove it", "put a good image under its name"))
 
 
 def to_float(x):
@@ -466,9 +498,15 @@ def _load_npz(path, classes=None):
             y = f["arr_1"] if "arr_1" in f else np.zeros(0, int)
         good_images = x.dtype == np.uint8 and x.ndim == 4 and len(x) and x.shape[1] == x.shape[2]
         good_labels = y.shape in ((0,), x.shape[:1]) and y.dtype.kind in "iu"
-        if not good_images or not good_labels:
+        if not good_images or not good_labels or x.shape[3] == 0:
             raise ValueError(f"arr_0 is {x.dtype} {x.shape}, arr_1 {y.dtype} {y.shape}; "
                              "want uint8 (N, H, H, C) and integers (N,)")
+        if len(y) and y.max() >= 2 ** 31:
+            raise ValueError(f"arr_1 holds {y.max()}, which is no class")
+        if x[:100].max() <= 1:
+            warnings.warn(f"--data {path}: arr_0 holds nothing but 0 and 1, which is black; "
+                          "images go from 0 to 255", stacklevel=2)
+        y = y.astype(np.int64)
     except Exception as e:  # a damaged file fails in as many ways as there are members
         raise UserError(f"--data {path}: cannot be read ({str(e)[:160]}); make it again")
     if not len(y):
@@ -512,7 +550,14 @@ def check_fits(data, spec, trust_labels=False):
     if data.text:
         return
     if 0 in (data.classes, spec["classes"]):
-        _replace_labels(data, [spec["classes"]] * max(data.classes, 1))
+        if data.classes:
+            warnings.warn(f"--data {data.name}: its {data.classes} classes are left out, since the "
+                          "network has none", stacklevel=2)
+        elif spec["classes"]:
+            warnings.warn(f"--data {data.name} has no classes: all its samples get the null label",
+                          stacklevel=2)
+        data.classes = 0
+        _replace_labels(data, [spec["classes"]] * (int(labels_of(data).max()) + 1))
     else:
         _replace_labels(data, _class_numbers(data, spec, trust_labels))
 

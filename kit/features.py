@@ -270,9 +270,6 @@ def images_of_checkpoint(path, num, options, proc, uncond=None):
         # rank and world are those of proc, by which sample_chunks shares the chunks out.
         for first, x, y in sampling.sample_chunks(denoise, spec, proc, num, options,
                                                   desc=Path(path).name):
-            if not x.isfinite().all():
-                raise UserError(f"{path}: samples {first} to {first + len(x) - 1} are not finite; "
-                                "look at the checkpoint")
             for i in range(0, len(x), size):
                 yield first + i, data.to_uint8(x[i:i + size]), y[i:i + size]
 

@@ -483,6 +483,10 @@ def make_out_folder(args, proc):
     if not args.out:
         raise UserError("--out is empty; name a folder")
     out = Path(args.out)
+    source = os.path.realpath(getattr(args, "data", None) or os.devnull)
+    if os.path.isdir(source) and Path(os.path.realpath(out), "x").is_relative_to(source):
+        raise UserError(f"--out {args.out} lies in --data {args.data}, where its files would "
+                        "become data; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not proc.is_main:

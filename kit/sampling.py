@@ -117,7 +117,12 @@ def sample_chunks(net, spec, proc, num, options, todo=None, desc="sampling"):
                 fresh = _noise_source(source, len(y), rows)
                 with memory_errors(options):
                     done.append(sample(predict, noise[rows], schedule, grid, solver, fresh))
-            yield c * CHUNK, torch.cat(done), y
+            x = torch.cat(done)
+            if not x.isfinite().all():
+                last = c * CHUNK + len(x) - 1
+                raise UserError(f"samples {c * CHUNK} to {last} are not finite; look at the "
+                                "checkpoint, or give --amp off")
+            yield c * CHUNK, x, y
 
 
 def sample_images(net, spec, proc, num, options, desc="sampling"):

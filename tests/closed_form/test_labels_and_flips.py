@@ -72,7 +72,8 @@ def test_labels_that_are_meant(tmp_path):
 
 def test_an_npz_shows_some_classes(tmp_path):
     """An .npz has no names: fewer classes are refused unless their number is given."""
-    np.savez(tmp_path / "x.npz", np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 4, 2]))
+    x = np.full((4, 8, 8, 3), 9, np.uint8)
+    np.savez(tmp_path / "x.npz", x, np.array([0, 1, 4, 2]))
     name = str(tmp_path / "x.npz")
     with pytest.raises(UserError, match="shows 5 of the network's 10 classes"):
         data.check_fits(data.load(name), spec_of(10))

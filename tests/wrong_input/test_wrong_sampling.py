@@ -109,7 +109,7 @@ def test_places_that_are_taken(files, tmp_path):
         assert (tmp_path / "folder" / name).exists()
         (tmp_path / "folder" / name).unlink()
     (tmp_path / "y.npz.parts").mkdir()
-    (tmp_path / "y.npz.parts" / "000000.npy").touch()
+    (tmp_path / "y.npz.parts" / "000000.npy").write_bytes(b"x")
     assert "holds something else (000000.npy)" in call("y.npz")
     (tmp_path / "y.npz.parts" / "settings.json").write_text("[1")
     assert "settings.json is damaged" in call("y.npz")
