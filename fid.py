@@ -757,6 +757,8 @@ def open_image(path):
     """The PIL image in a file, its first picture if it has many. What goes wrong with it becomes a
     ValueError that names the file."""
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError("it is no file, or a link to none")
         with Image.open(path) as image:
             raw = str(image.tile[0][-1]) if image.tile else ""  # of colours that Pillow would cut
             if image.mode[0] in "IF" or ";16" in raw:

@@ -109,6 +109,13 @@ def test_colours_of_16_bits_are_refused_as_grey_ones_are():
         fid.read_image("f/x.png")
 
 
+def test_pipes_are_not_waited_for():
+    os.mkdir("f")
+    os.mkfifo("f/x.png")
+    with pytest.raises(ValueError, match="f/x.png: cannot be read .it is no file"):
+        fid.read_image("f/x.png")
+
+
 def test_classes_that_are_left_out_are_told(recwarn):
     pictures("abc", "a", "b")
     pictures("flat", "")
