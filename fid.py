@@ -798,6 +798,11 @@ def center_crop(image, size):
     return pixels[top:top + size, left:left + size]
 
 
+# What reading a damaged .npz raises.
+DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile,
+           zlib.error)
+
+
 def open_npz(path, num=None, seed=0):
     """An .npz -> (its images as Images, or None; its statistics, or None). num: a random choice of
     so many of its images.
@@ -807,8 +812,7 @@ def open_npz(path, num=None, seed=0):
     """
     try:
         keys, images, labels, arrays = read_npz(path)
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile,
-            zlib.error) as e:
+    except DAMAGED as e:
         raise ValueError(f"{path}: cannot be read as .npz ({type(e).__name__}: {str(e)[:100]}); "
                          "it is damaged or something else")
     if images is None and arrays is None:
@@ -844,15 +848,15 @@ def read_npz(path):
 
 
 def check_bytes(path, name):
-    """Raise ValueError where an array of an .npz is not what was stored, by its checksum. Rank 0
-    reads it, which costs little beside measuring."""
+    """Raise ValueError where an array of an .npz is not what was stored, by its checksum, which a
+    mapped array passes by. Rank 0 reads it, which costs little beside measuring."""
     problem = None
     if rank_and_world()[0] == 0:
         try:
             with zipfile.ZipFile(path) as z, z.open(name + ".npy") as member:
                 while member.read(1 << 24):
                     pass
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
+        except DAMAGED as e:
             problem = str(e)
     problem = gather_objects(problem)[0]
     if problem:
@@ -862,12 +866,12 @@ def check_bytes(path, name):
 def read_npz_array(path, name):
     """One array of an .npz. Where it is stored uncompressed it is mapped from the disk, so that
     every rank reads its own part only."""
-    check_bytes(path, name)
     with zipfile.ZipFile(path) as z:
         member = z.getinfo(name + ".npy")
     if member.compress_type != zipfile.ZIP_STORED:
         with np.load(path) as f:
             return f[name]
+    check_bytes(path, name)
     with open(path, "rb") as f:
         f.seek(member.header_offset + 26)  # the lengths of the member's name and of its extra field
         name_length, extra_length = struct.unpack("<HH", f.read(4))

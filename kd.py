@@ -26,9 +26,8 @@ Differences from the paper:
 - Scales of guidance are the other scripts': ours is 1 + w, and 1 is none.
 - Student and teacher share the preconditioning, for which lambda_sigma c_out^2 = 1: the loss is the
   mean square of the outputs' difference. So any pair of our networks with the same prediction takes
-  part (DiT -> smaller DiT), with the times of its own schedule. With prompts (A.2) it is that of
-  eps, for a network that predicts v, too: lambda_sigma is "the same as used in the original Stable
-  Diffusion model".
+  part (DiT -> smaller DiT), with the times of its own schedule. With prompts the loss is that of
+  eps, also for networks that predict v: A.2 takes the weighting of Stable Diffusion.
 - The average's half-life is printed as 50 million images, the whole of the run. EDM, which the
   paper follows, has 0.5 million and a ramp-up, and so have we.
 - EDM replaces gradients that are not finite (nan_to_num); here they stop the run.
@@ -113,7 +112,7 @@ def kd_loss(student, teacher, schedule, x0, y, t, noise, w=None,  # noqa: PLR091
     out = student(x_t, t, y)[:, :C]                                    # (B, C, H, W)  D_theta
     weight = 1
     if of_eps and prediction == "v":                                   # eps = sigma x_t + alpha v
-        weight = schedule.alpha_sigma(t, x_t)[0].square()
+        weight = schedule.alpha_sigma(t, x_t)[0].square()              # alpha^2       A.2
     loss = 0.0
     aux = {}
     if alpha < 1:
@@ -376,7 +375,7 @@ def apply_kd_defaults(args, spec):
         args.drop = 0.1 if knows_null and not args.w else 0.0
     if args.batch_size is None:
         args.batch_size = settings["batch_size"]
-    if getattr(args, "flip", None) is None:
+    if args.flip is None:
         args.flip = False
     own = {"data": "cifar10", "warmup": round(WARMUP_IMAGES / max(args.batch_size, 1)), **settings}
     if args.w:

@@ -620,12 +620,9 @@ class UNet(nn.Module):
         self.num_classes = num_classes
         self.sample_shape = (in_channels, input_size, input_size)
 
-        emb_channels = 4 * model_channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels),
-            nn.SiLU(),
-            nn.Linear(emb_channels, emb_channels),
-        )
+        width = 4 * model_channels
+        layers = nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width)
+        self.time_embed = nn.Sequential(*layers)
         if context == "class":
             table = nn.Embedding(num_classes + null_label, context_dim)
             self.cond_stage_model = nn.ModuleDict({"embedding": table})

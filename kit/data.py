@@ -30,6 +30,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import fid
+from kit.checkpoints import imagenet_names
 from kit.cli import UserError, cache_folder, user_errors
 from kit.download import local_first
 from kit.processes import StepRandom, generator
@@ -417,13 +418,8 @@ def default_flip(data):
     """Whether training mirrors images unless it is told: CIFAR-10 and ImageNet, as the papers'
     networks were trained; nothing else, since text, digits or organs have a left and a right."""
     if data.class_names:
-        return set(data.class_names) <= imagenet_names() or data.name == "cifar10"
+        return set(data.class_names) <= set(imagenet_names()) or data.name == "cifar10"
     return isinstance(data, Latents) and data.classes == 1000
-
-
-def imagenet_names():
-    """The names of ImageNet's 1,000 class folders, a set."""
-    return set((ASSETS / "imagenet_synsets.txt").read_text().split())
 
 
 def _identity(data):

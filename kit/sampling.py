@@ -121,7 +121,7 @@ def sample_chunks(net, spec, proc, num, options, todo=None, desc="sampling"):
             if not x.isfinite().all():
                 last = c * CHUNK + len(x) - 1
                 raise UserError(f"samples {c * CHUNK} to {last} are not finite; look at the "
-                                "checkpoint, or give --amp off")
+                                "weights in the checkpoint")
             yield c * CHUNK, x, y
 
 
